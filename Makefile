@@ -1,0 +1,118 @@
+# LightMoE build. Wildcards and pattern rules: adding a file edits nothing.
+#   make            program and bench into build/
+#   make demo       the whole story on the small checkpoint the repository carries
+#   make test       unit, golden and fault tests, and the architecture lint
+#   make bench      benchmarks, JSON into build/bench/
+#   make lint | format | setup | asan | fuzz | cuda
+# Variables: MODE=release|asan|debug  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)
+
+MODE ?= release
+ARCH ?= native
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+ifeq ($(origin CXX),default)
+  CXX := g++
+endif
+CCACHE ?= $(shell command -v ccache 2>/dev/null)
+
+BUILD := build$(if $(filter-out release,$(MODE)),/$(MODE))$(if $(findstring clang,$(CXX)),-clang)
+LIBRARY_DIRS := runtime kernels autograd loaders model compress
+LIBRARY_SOURCES := $(wildcard $(addsuffix /*.cpp,$(LIBRARY_DIRS)))
+TEST_SOURCES := $(wildcard tests/*.cpp tests/support/*.cpp)
+BENCH_SOURCES := $(wildcard bench/*.cpp)
+CLI_SOURCES := $(wildcard cli/*.cpp)
+DEMO_SOURCES := $(wildcard demo/*.cpp)
+FUZZ_SOURCES := $(wildcard tests/fuzz/*.cpp)
+CUDA_SOURCES := $(wildcard kernels/*.cu)
+
+objects = $(patsubst %.cpp,$(BUILD)/obj/%.o,$(1))
+
+PACKAGES := g++ pkg-config libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev libutf8proc-dev \
+  libxxhash-dev libopenblas-openmp-dev libtomlplusplus-dev libgtest-dev libbenchmark-dev
+
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+# PCRE2 and utf8proc read tokenizers, xxhash seals files, OpenBLAS (OpenMP build: one thread pool) multiplies.
+LDLIBS := -lfmt -lpcre2-8 -lutf8proc -lxxhash -l:libopenblas.so.0 -ldl -lpthread
+OPENBLAS_DIR := $(firstword $(wildcard /usr/lib/*/openblas-openmp))
+LDFLAGS += -fopenmp $(if $(OPENBLAS_DIR),-L$(OPENBLAS_DIR) -Wl$(comma)-rpath$(comma)$(OPENBLAS_DIR))
+comma := ,
+
+CPPFLAGS += -I. $(if $(OPENBLAS_DIR),-I$(subst /lib/,/include/,$(OPENBLAS_DIR)))
+CXXFLAGS += -std=c++20 -g1 -Wall -Wextra -Werror -Wno-missing-field-initializers -fopenmp -fno-math-errno -fno-trapping-math -MMD -MP
+ifeq ($(MODE),release)
+  CXXFLAGS += -O3 -march=$(ARCH)
+else ifeq ($(MODE),asan)
+  CXXFLAGS += -O1 -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+  LDFLAGS += -fsanitize=address,undefined
+else ifeq ($(MODE),debug)
+  CXXFLAGS += -O0 -march=$(ARCH)
+else
+  $(error MODE is $(MODE), expected release, asan or debug)
+endif
+
+.PHONY: all demo test unit bench lint format setup asan cuda clean
+.SECONDARY:
+all: setup
+	@$(MAKE) --no-print-directory $(BUILD)/lightmoe $(BUILD)/lightmoe-bench
+
+$(BUILD)/obj/%.o: %.cpp
+	@mkdir -p $(@D)
+	@echo "  CXX  $<"
+	@$(CCACHE) $(CXX) $(CPPFLAGS) $(CXXFLAGS) -c $< -o $@
+
+# The version reaches one object only, so that a commit does not rebuild the tree.
+$(BUILD)/obj/runtime/version.o: CPPFLAGS += -DLIGHTMOE_VERSION='"$(VERSION)"'
+$(BUILD)/obj/runtime/version.o: .git/HEAD $(wildcard .git/index)
+.git/HEAD:
+
+LIBRARY_OBJECTS := $(call objects,$(LIBRARY_SOURCES))
+$(BUILD)/lightmoe: $(LIBRARY_OBJECTS) $(call objects,$(CLI_SOURCES))
+	@echo "  LINK $@"
+	@$(CXX) $(LDFLAGS) $^ $(LDLIBS) -o $@
+$(BUILD)/lightmoe-bench: $(LIBRARY_OBJECTS) $(call objects,$(BENCH_SOURCES))
+	@echo "  LINK $@"
+	@$(CXX) $(LDFLAGS) $^ -lbenchmark $(LDLIBS) -o $@
+$(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call objects,$(TEST_SOURCES))
+	@echo "  LINK $@"
+	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
+# Each demo/*.cpp is a small program of its own (generators of the demo's data).
+$(BUILD)/demo-%: $(BUILD)/obj/demo/%.o $(LIBRARY_OBJECTS)
+	@echo "  LINK $@"
+	@$(CXX) $(LDFLAGS) $^ $(LDLIBS) -o $@
+
+test: setup lint
+	@$(MAKE) --no-print-directory $(BUILD)/lightmoe $(BUILD)/lightmoe-tests
+	@$(BUILD)/lightmoe-tests $(TEST_ARGS)
+
+# Unit tests alone, without set-up and lint: make unit TEST_ARGS=--gtest_filter='RmsNorm*'
+unit: $(BUILD)/lightmoe-tests
+	@$(BUILD)/lightmoe-tests $(TEST_ARGS)
+
+asan:
+	@$(MAKE) --no-print-directory MODE=asan build/asan/lightmoe-tests
+	@ASAN_OPTIONS=detect_leaks=0 build/asan/lightmoe-tests $(TEST_ARGS)
+
+bench: all
+	@scripts/bench.sh
+
+demo: all
+	@demo/run.sh
+
+lint:
+	@scripts/lint.sh
+
+format:
+	@git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i
+
+setup:
+	@scripts/setup.sh $(PACKAGES)
+
+# Every kernel compiled for both GPU generations; warnings are errors, spills are reported by scripts/check_ptxas.sh.
+cuda:
+	@if [ -z "$(NVCC)" ]; then echo "cuda: no nvcc here, skipped"; \
+	elif [ -z "$(CUDA_SOURCES)" ]; then echo "cuda: no .cu files yet"; \
+	else scripts/check_ptxas.sh "$(NVCC)" $(CUDA_SOURCES); fi
+
+clean:
+	rm -rf build
+
+-include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)

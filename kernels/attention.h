@@ -1,0 +1,38 @@
+#pragma once
+// Causal softmax attention with grouped queries, over any number of sequences of any length
+// (Hugging Face eager_attention_forward; blockwise with running maximum as FlashAttention, arXiv 2205.14135):
+//   sequence n owns query rows [q_begin[n], q_begin[n+1]) and key/value rows [k_begin[n], k_begin[n] + k_count[n]);
+//   query j of it (0-based) sees keys 0 .. min(k_count[n], q_pos[n] + j + 1) - 1; none: its output is 0, lse -inf.
+//   out = softmax(q k^T / sqrt(Hd)) v;  query head h uses key head h / (H / Hkv).  lse = log sum exp of the scaled scores.
+// Covers packed training (q_pos 0, k rows = q rows), right and left padding, prefill into a cache, and decode.
+// shapes: q, out, dq, dout [Tq, H*Hd]; k, v, dk, dv [Tk, Hkv*Hd]; lse [H, Tq]; q_begin i32 [N+1]; k_begin, k_count, q_pos i32 [N].
+// dtypes: q, k, v, out f32/bf16/f64 (one type; k, v may be bf16 under f32 q); lse f32 (f64); all sums f32 (f64).
+// writes: out, lse, dq, dk, dv with '='. dk, dv rows that no sequence owns become 0. lse undefined = not kept.
+//   Key ranges of different sequences do not overlap in backward.
+// memory: O(Tq H) beside the arguments, never Tq x Tk.  Deterministic; a query's result does not depend on the other sequences.
+// cost: 4 Hd H FLOPs per (query, key) pair forward, 10 backward.
+
+#include "runtime/dispatch.h"
+#include "runtime/tensor.h"
+
+namespace lightmoe {
+
+struct AttentionSequences {
+  Tensor q_begin, k_begin, k_count, q_pos;
+};
+struct Attention {
+  Tensor q, k, v;
+  AttentionSequences sequences;
+  int64_t head_dim = 0;
+  Tensor out, lse;
+};
+struct AttentionBackward {
+  Tensor q, k, v, out, lse, dout;
+  AttentionSequences sequences;
+  int64_t head_dim = 0;
+  Tensor dq, dk, dv;
+};
+void run(const Attention& op);
+void run(const AttentionBackward& op);
+
+}  // namespace lightmoe

@@ -1,0 +1,30 @@
+#pragma once
+// From the router's choice to row lists for grouped products, by counting sort (stable: ties in order of token, then k).
+// A PAIR is one (token t, k) with its slot; a VISIT is one distinct (token, group), where group = group_of_slot[slot] is what the
+// slot points to (a stored expert). Several slots of a token that share a group make one visit: "a stored expert runs once per token".
+//   pairs sorted by (group, slot, t, k):  pair_token [P], pair_index [P] (= t*K + k), slot_offsets [E+1] in slot_order below,
+//   pair_visit [P], visits sorted by (group, t): visit_token [V], group_offsets [G+1], pair_group_offsets [G+1].
+//   token_visit [T,K]: the visits of token t, each once, -1 for the rest;  index_pair [T,K]: pair of (t,k), -1 if dropped.
+// A slot with group_of_slot = -1 has no expert (constant, removed): its pairs are dropped, index_pair = -1.
+// Slots are numbered 0..E-1; slot_order lists the slots by (group, slot), those without group left out, so that slot_order[s] owns
+//   pairs [slot_offsets[s], slot_offsets[s+1]) with s < slot_order.size().
+// shapes: slots i32 [T,K]; all outputs i32. P and V are known after the call (host), 0 is legal. Deterministic. Bytes: about 24 T K.
+
+#include <vector>
+
+#include "runtime/dispatch.h"
+#include "runtime/tensor.h"
+
+namespace lightmoe {
+
+struct DispatchPlan {
+  int64_t num_pairs = 0, num_visits = 0;
+  std::vector<int32_t> slot_order;  // slots that own pairs, by (group, slot)
+  Tensor pair_token, pair_index, pair_visit, slot_offsets, pair_group_offsets;
+  Tensor visit_token, group_offsets;
+  Tensor token_visit, index_pair;
+};
+// group_of_slot has one entry per slot, each in [-1, num_groups). Throws Error(kInternal) on a slot out of range.
+DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>& group_of_slot, int64_t num_groups);
+
+}  // namespace lightmoe

@@ -1,0 +1,67 @@
+#pragma once
+// The MoE layer as a slot table. The router picks among E slots; what a slot computes is data:
+//   expert    a stored expert of the layer's bank, plus an optional low-rank adapter of its own
+//   constant  a stored vector [D] times the gate                    (place in the type; run by later methods)
+//   latent    a private factor times a projection shared by a group (place in the type; run by later methods)
+//   removed   masked before the router's softmax
+// Two rules of execution, exact in real arithmetic:
+//   1. A stored expert runs once per token. For the chosen slots s of a token that point to expert e, with adapters (A, B):
+//        h0 = W_gu x (once);  h_s = h0 + [B_g A_g x | B_u A_u x];  a_s = SwiGLU(h_s);  z = sum_s g_s a_s
+//        y += W_d z (once) + sum_s B_d (A_d g_s a_s)
+//      slots without adapter share a_s, so their gates add up.
+//   2. Memory is what is stored: bytes are counted from the bank, never from the slot count.
+// Backward (performance of both halves alike): dz = W_d^T dy once;  da_s = g_s (dz + A_d^T B_d^T dy);
+//   dg_s = <dz, a_s> + <B_d^T dy, A_d a_s>;  dh0 = sum_s dh_s, so dX and dW_gu of a shared expert once;  dW_d = dy z^T once.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "autograd/parameter.h"
+
+namespace lightmoe {
+
+enum class SlotKind : uint8_t { kExpert, kConstant, kLatent, kRemoved };
+
+struct Slot {
+  SlotKind kind = SlotKind::kExpert;
+  int32_t expert = -1;   // index into MoeLayer::experts
+  int32_t adapter = -1;  // index into MoeLayer::adapters, -1 = none
+  int32_t constant = -1;
+  int32_t latent = -1;
+};
+
+// SwiGLU expert: f(x) = W_d (silu(W_g x) * (W_u x)).  gate_up [2F,D] (gate rows first), down [D,F].
+// On disk gate and up are separate Hugging Face tensors.
+struct Expert {
+  ParameterPtr gate_up, down;
+};
+
+// Low-rank terms of one slot: W_m + B_m A_m for m in gate, up, down. a_gate_up [2R,D] holds A_gate then A_up.
+struct Adapter {
+  ParameterPtr a_gate_up, b_gate, b_up, a_down, b_down;  // [2R,D] [F,R] [F,R] [R,F] [D,R]
+  int64_t rank() const { return b_gate->value.dim(1); }
+};
+
+// Annealing of one slot (arXiv 2603.12645 eq. 8): while beta > 0 it runs as beta W_original + (1-beta) W_base + B A.
+struct AnnealedSlot {
+  int32_t slot = -1;
+  Expert original;  // frozen
+};
+
+struct MoeLayer {
+  ParameterPtr router;         // [E,D] mlp.gate.weight
+  std::vector<Slot> slots;     // E
+  std::vector<Expert> experts; // the bank: kept experts and bases
+  std::vector<Adapter> adapters;
+  std::vector<AnnealedSlot> annealed;  // empty when beta is 0 or nothing anneals
+  double beta = 0;
+
+  int64_t num_slots() const { return static_cast<int64_t>(slots.size()); }
+  bool is_plain() const;  // slot i owns expert i, no adapters: stock OLMoE
+  std::vector<ParameterPtr> parameters() const;  // router, experts, adapters (annealed originals are not parameters)
+  int64_t stored_bytes() const;
+};
+
+}  // namespace lightmoe
