@@ -1,8 +1,221 @@
-#include <cstdio>
+#include <fmt/format.h>
+#include <signal.h>
 
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <map>
+#include <new>
+#include <nlohmann/json.hpp>
+
+#include "cli/config_file.h"
+#include "cli/verb.h"
+#include "runtime/error.h"
+#include "runtime/nearest.h"
+#include "runtime/parallel.h"
+#include "runtime/trace.h"
 #include "runtime/version.h"
 
-int main() {
-  std::printf("lightmoe %s\n", lightmoe::version());
-  return 0;
+namespace lightmoe::cli {
+namespace {
+
+std::vector<Verb>& verbs() {
+  static std::vector<Verb> list;
+  return list;
 }
+int exit_code_on_success = 0;
+
+// Options of every verb.
+struct Common {
+  std::string config, device = "cpu", gemm = "auto", trace;
+  int threads = 0;
+  bool print_config = false, log_json = false, gemm_picks = false;
+};
+
+void add_common(CLI::App& app, Common& common) {
+  const std::string group = "Runtime";
+  app.add_option("--config", common.config, "read options from a TOML file; flags win")
+      ->group(group);
+  app.add_flag("--print-config", common.print_config, "print the options as TOML and stop")
+      ->group(group);
+  app.add_option("--device", common.device, "cpu; sim and cuda where the build has them")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--threads", common.threads, "threads (0 = all cores)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--gemm", common.gemm, "GEMM backend by name, or auto")
+      ->group(group)
+      ->capture_default_str();
+  app.add_flag("--gemm-picks", common.gemm_picks, "print which backend each shape got, on stderr")
+      ->group(group);
+  app.add_option("--trace", common.trace, "write a timeline (Chrome-trace JSON) to this file")
+      ->group(group);
+  app.add_flag("--log-json", common.log_json, "errors as one JSON object on stderr")->group(group);
+}
+
+void apply_common(const Common& common) {
+  check(common.device == "cpu" || common.device == "sim" || common.device == "cuda",
+        ErrorKind::kUsage, "--device {}: expected cpu, sim or cuda", common.device);
+  check(common.device == "cpu", ErrorKind::kDevice, "--device {}: this build runs on the cpu only",
+        common.device);
+  check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage,
+        "--threads {}: expected 0 to 4096", common.threads);
+  if (common.threads > 0) omp_set_num_threads(common.threads);
+  if (!common.trace.empty()) trace_start();
+}
+
+std::string one_line(std::string text) {
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  while (!text.empty() && text.back() == ' ') text.pop_back();
+  return text;
+}
+
+int report_error(int code, const std::string& message, bool as_json) {
+  std::fflush(stdout);
+  const std::string line = one_line(message);
+  if (as_json) {
+    const nlohmann::ordered_json object = {{"error", {{"code", code}, {"message", line}}}};
+    fmt::print(stderr, "{}\n",
+               object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
+  } else {
+    fmt::print(stderr, "error[E{}] {}\n", code, line);
+  }
+  return code;
+}
+
+// Names of the long options that stand on the command line.
+std::vector<std::string> given_options(const std::vector<std::string>& arguments) {
+  std::vector<std::string> names;
+  for (const std::string& argument : arguments) {
+    if (argument.rfind("--", 0) == 0)
+      names.push_back(argument.substr(
+          2, argument.find('=') == std::string::npos ? std::string::npos : argument.find('=') - 2));
+  }
+  return names;
+}
+
+std::string config_path(const std::vector<std::string>& arguments) {
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i].rfind("--config=", 0) == 0) return arguments[i].substr(9);
+    if (arguments[i] == "--config" && i + 1 < arguments.size()) return arguments[i + 1];
+  }
+  return "";
+}
+
+void print_help() {
+  fmt::print(
+      "lightmoe {}: make OLMoE smaller and faster by expert replacing, train it back, measure "
+      "it\n\n"
+      "usage: lightmoe VERB [options]      lightmoe VERB --help\n",
+      version());
+  std::map<std::string, std::vector<const Verb*>> groups;
+  for (const Verb& verb : verbs()) groups[verb.group].push_back(&verb);
+  for (auto& [group, members] : groups) {
+    std::sort(members.begin(), members.end(),
+              [](const Verb* a, const Verb* b) { return a->name < b->name; });
+    fmt::print("\n{}:\n", group);
+    for (const Verb* verb : members) fmt::print("  {:<12}{}\n", verb->name, verb->summary);
+  }
+  fmt::print(
+      "\nExample: lightmoe inspect demo/base\nExit codes: 0 ok, 1 internal, 2 usage, 3 bad input "
+      "file, 4 I/O, 5 memory, 6 numeric, "
+      "7 resume, 9 device; 128+signal when stopped.\n");
+}
+
+int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& common) {
+  CLI::App app(verb.summary, "lightmoe " + verb.name);
+  app.footer("Example: " + verb.example);
+  app.option_defaults()->always_capture_default(false);
+  const VerbAction action = verb.declare(app);
+  add_common(app, common);
+  if (const std::string path = config_path(arguments); !path.empty()) {
+    const std::vector<std::string> extra =
+        arguments_from_config(path, app, verb.name, given_options(arguments));
+    arguments.insert(arguments.end(), extra.begin(), extra.end());
+  }
+  std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them from the back
+  try {
+    app.parse(arguments);
+  } catch (const CLI::CallForHelp&) {
+    fmt::print("{}", app.help());
+    return 0;
+  } catch (const CLI::ExtrasError& error) {
+    std::string hint;
+    for (const std::string& extra : app.remaining()) {
+      if (extra.rfind("--", 0) != 0) continue;
+      const std::string near =
+          nearest(extra.substr(2, extra.find('=') - 2), long_option_names(app));
+      if (!near.empty()) hint = fmt::format("; did you mean --{}?", near);
+    }
+    fail(ErrorKind::kUsage, "{}{}", one_line(error.what()), hint);
+  } catch (const CLI::ParseError& error) {
+    fail(ErrorKind::kUsage, "{} (lightmoe {} --help)", one_line(error.what()), verb.name);
+  }
+  if (common.print_config) {
+    fmt::print("{}", config_from_arguments(app));
+    return 0;
+  }
+  apply_common(common);
+  action();
+  if (!common.trace.empty()) trace_write(common.trace);
+  return exit_code_on_success;
+}
+
+int main_checked(const std::vector<std::string>& arguments, Common& common) {
+  if (arguments.empty() || arguments[0] == "--help" || arguments[0] == "-h" ||
+      arguments[0] == "help") {
+    print_help();
+    return arguments.empty() ? static_cast<int>(ErrorKind::kUsage) : 0;
+  }
+  if (arguments[0] == "--version" || arguments[0] == "version") {
+    fmt::print("lightmoe {}\n", version());
+    return 0;
+  }
+  std::vector<std::string> names;
+  for (const Verb& verb : verbs()) {
+    if (verb.name == arguments[0])
+      return run_verb(verb, {arguments.begin() + 1, arguments.end()}, common);
+    names.push_back(verb.name);
+  }
+  const std::string near = nearest(arguments[0], names);
+  fail(ErrorKind::kUsage, "unknown verb {}{} (lightmoe --help lists them)", arguments[0],
+       near.empty() ? "" : fmt::format("; did you mean {}?", near));
+}
+
+// Output that nobody reads any more is no error; output that did not fit on the disk is.
+int flush_stdout(int code) {
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return code;
+  if (errno == EPIPE) return code;
+  return report_error(static_cast<int>(ErrorKind::kIo), "standard output: write failed", false);
+}
+
+}  // namespace
+
+RegisterVerb::RegisterVerb(Verb verb) { verbs().push_back(std::move(verb)); }
+void set_exit_code(int code) { exit_code_on_success = code; }
+
+int run_program(int argc, char** argv) {
+  signal(SIGPIPE, SIG_IGN);
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  Common common;
+  common.log_json = std::find(arguments.begin(), arguments.end(), "--log-json") != arguments.end();
+  try {
+    return flush_stdout(main_checked(arguments, common));
+  } catch (const Error& error) {
+    return report_error(error.exit_code(), error.what(), common.log_json);
+  } catch (const std::bad_alloc&) {
+    return report_error(static_cast<int>(ErrorKind::kMemory), "out of host memory",
+                        common.log_json);
+  } catch (const std::system_error& error) {
+    return errno == EPIPE
+               ? 0
+               : report_error(static_cast<int>(ErrorKind::kIo), error.what(), common.log_json);
+  } catch (const std::exception& error) {
+    return report_error(static_cast<int>(ErrorKind::kInternal), error.what(), common.log_json);
+  }
+}
+
+}  // namespace lightmoe::cli
+
+int main(int argc, char** argv) { return lightmoe::cli::run_program(argc, argv); }

@@ -10,22 +10,26 @@
 
 namespace lightmoe {
 
-template <class Op> struct KernelTable {
+template <class Op>
+struct KernelTable {
   using Function = void (*)(const Op&);
   static inline Function by_device[kNumDeviceKinds] = {};
 };
 
-template <class Op> struct RegisterKernel {
+template <class Op>
+struct RegisterKernel {
   RegisterKernel(DeviceKind device, typename KernelTable<Op>::Function function) {
     KernelTable<Op>::by_device[static_cast<int>(device)] = function;
   }
 };
 
-template <class Op> bool has_kernel(DeviceKind device) {
+template <class Op>
+bool has_kernel(DeviceKind device) {
   return KernelTable<Op>::by_device[static_cast<int>(device)] != nullptr;
 }
 
-template <class Op> void dispatch(const Op& op, DeviceKind device, const char* name) {
+template <class Op>
+void dispatch(const Op& op, DeviceKind device, const char* name) {
   const auto function = KernelTable<Op>::by_device[static_cast<int>(device)];
   check(function != nullptr, ErrorKind::kDevice, "{}: no kernel for device {} in this build", name,
         name_of(device));

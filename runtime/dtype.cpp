@@ -10,13 +10,20 @@ namespace lightmoe {
 
 std::string_view name_of(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return "f32";
-    case DType::kBF16: return "bf16";
-    case DType::kF16: return "f16";
-    case DType::kF64: return "f64";
-    case DType::kI32: return "i32";
-    case DType::kI64: return "i64";
-    case DType::kU8: return "u8";
+    case DType::kF32:
+      return "f32";
+    case DType::kBF16:
+      return "bf16";
+    case DType::kF16:
+      return "f16";
+    case DType::kF64:
+      return "f64";
+    case DType::kI32:
+      return "i32";
+    case DType::kI64:
+      return "i64";
+    case DType::kU8:
+      return "u8";
   }
   return "?";
 }
@@ -57,15 +64,18 @@ void unsupported_dtype(std::string_view op, DType dtype) {
 
 namespace {
 
-template <class From, class To> void convert_range(const char* from, char* to, size_t count) {
+template <class From, class To>
+void convert_range(const char* from, char* to, size_t count) {
   using C = std::conditional_t<std::is_same_v<From, double> && std::is_same_v<To, double>, double,
                                std::conditional_t<std::is_same_v<To, double>, double, float>>;
   for (size_t i = 0; i < count; ++i) {
     From f;
     std::memcpy(&f, from + i * sizeof(From), sizeof(From));
     C c;
-    if constexpr (std::is_same_v<From, double>) c = static_cast<C>(f);
-    else c = static_cast<C>(static_cast<float>(f));
+    if constexpr (std::is_same_v<From, double>)
+      c = static_cast<C>(f);
+    else
+      c = static_cast<C>(static_cast<float>(f));
     const To t = static_cast<To>(c);
     std::memcpy(to + i * sizeof(To), &t, sizeof(To));
   }
@@ -76,11 +86,16 @@ void convert_from(const char* from, void* to, DType to_type, size_t begin, size_
   char* out = static_cast<char*>(to) + begin * size_of(to_type);
   const char* in = from + begin * sizeof(From);
   switch (to_type) {
-    case DType::kF32: return convert_range<From, float>(in, out, count);
-    case DType::kBF16: return convert_range<From, bf16>(in, out, count);
-    case DType::kF16: return convert_range<From, f16>(in, out, count);
-    case DType::kF64: return convert_range<From, double>(in, out, count);
-    default: unsupported_dtype("convert", to_type);
+    case DType::kF32:
+      return convert_range<From, float>(in, out, count);
+    case DType::kBF16:
+      return convert_range<From, bf16>(in, out, count);
+    case DType::kF16:
+      return convert_range<From, f16>(in, out, count);
+    case DType::kF64:
+      return convert_range<From, double>(in, out, count);
+    default:
+      unsupported_dtype("convert", to_type);
   }
 }
 
@@ -93,14 +108,20 @@ void convert(const void* from, DType from_type, void* to, DType to_type, size_t 
   parallel_for(0, static_cast<int64_t>(count), 1 << 16, [&](int64_t begin, int64_t end) {
     const size_t b = static_cast<size_t>(begin), n = static_cast<size_t>(end - begin);
     if (from_type == to_type) {
-      if (in != to) std::memcpy(static_cast<char*>(to) + b * size_of(to_type), in + b * size_of(to_type), n * size_of(to_type));
+      if (in != to)
+        std::memcpy(static_cast<char*>(to) + b * size_of(to_type), in + b * size_of(to_type),
+                    n * size_of(to_type));
       return;
     }
     switch (from_type) {
-      case DType::kF32: return convert_from<float>(in, to, to_type, b, n);
-      case DType::kBF16: return convert_from<bf16>(in, to, to_type, b, n);
-      case DType::kF16: return convert_from<f16>(in, to, to_type, b, n);
-      default: return convert_from<double>(in, to, to_type, b, n);
+      case DType::kF32:
+        return convert_from<float>(in, to, to_type, b, n);
+      case DType::kBF16:
+        return convert_from<bf16>(in, to, to_type, b, n);
+      case DType::kF16:
+        return convert_from<f16>(in, to, to_type, b, n);
+      default:
+        return convert_from<double>(in, to, to_type, b, n);
     }
   });
 }

@@ -1,7 +1,8 @@
 #pragma once
 // Element types and the scalar conversions between them.
-// bf16 and f16 round to nearest, ties to even; NaN stays NaN (quieted), infinities and signs survive.
-// NOTE: adding 0x7fff and truncating turns some NaN payloads into infinity or zero; hence the test.
+// bf16 and f16 round to nearest, ties to even; NaN stays NaN (quieted), infinities and signs
+// survive. NOTE: adding 0x7fff and truncating turns some NaN payloads into infinity or zero; hence
+// the test.
 
 #include <bit>
 #include <cstddef>
@@ -15,12 +16,16 @@ enum class DType : uint8_t { kF32, kBF16, kF16, kF64, kI32, kI64, kU8 };
 constexpr size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kF64:
-    case DType::kI64: return 8;
+    case DType::kI64:
+      return 8;
     case DType::kF32:
-    case DType::kI32: return 4;
+    case DType::kI32:
+      return 4;
     case DType::kBF16:
-    case DType::kF16: return 2;
-    case DType::kU8: return 1;
+    case DType::kF16:
+      return 2;
+    case DType::kU8:
+      return 1;
   }
   return 0;
 }
@@ -41,7 +46,9 @@ struct bf16 {
       bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
     }
   }
-  explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  explicit operator float() const {
+    return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  }
 };
 
 struct f16 {
@@ -51,30 +58,65 @@ struct f16 {
   explicit operator float() const;
 };
 
-template <class T> struct DTypeOf;
-template <> struct DTypeOf<float> { static constexpr DType value = DType::kF32; };
-template <> struct DTypeOf<bf16> { static constexpr DType value = DType::kBF16; };
-template <> struct DTypeOf<f16> { static constexpr DType value = DType::kF16; };
-template <> struct DTypeOf<double> { static constexpr DType value = DType::kF64; };
-template <> struct DTypeOf<int32_t> { static constexpr DType value = DType::kI32; };
-template <> struct DTypeOf<int64_t> { static constexpr DType value = DType::kI64; };
-template <> struct DTypeOf<uint8_t> { static constexpr DType value = DType::kU8; };
-template <class T> inline constexpr DType dtype_of = DTypeOf<T>::value;
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::kF32;
+};
+template <>
+struct DTypeOf<bf16> {
+  static constexpr DType value = DType::kBF16;
+};
+template <>
+struct DTypeOf<f16> {
+  static constexpr DType value = DType::kF16;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::kF64;
+};
+template <>
+struct DTypeOf<int32_t> {
+  static constexpr DType value = DType::kI32;
+};
+template <>
+struct DTypeOf<int64_t> {
+  static constexpr DType value = DType::kI64;
+};
+template <>
+struct DTypeOf<uint8_t> {
+  static constexpr DType value = DType::kU8;
+};
+template <class T>
+inline constexpr DType dtype_of = DTypeOf<T>::value;
 
 // Type in which an op computes and accumulates: double for double, float for everything smaller.
-template <class T> struct ComputeOf { using type = float; };
-template <> struct ComputeOf<double> { using type = double; };
-template <class T> using compute_t = typename ComputeOf<T>::type;
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using compute_t = typename ComputeOf<T>::type;
 
 // Calls f.template operator()<T>() with the C++ type of a floating dtype an op supports
 // (f32, bf16, f64). Throws for the others.
 [[noreturn]] void unsupported_dtype(std::string_view op, DType dtype);
-template <class F> decltype(auto) visit_floating(std::string_view op, DType dtype, F&& f) {
+template <class F>
+decltype(auto) visit_floating(std::string_view op, DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kF32: return f.template operator()<float>();
-    case DType::kBF16: return f.template operator()<bf16>();
-    case DType::kF64: return f.template operator()<double>();
-    default: unsupported_dtype(op, dtype);
+    case DType::kF32:
+      return f.template operator()<float>();
+    case DType::kBF16:
+      return f.template operator()<bf16>();
+    case DType::kF64:
+      return f.template operator()<double>();
+    default:
+      unsupported_dtype(op, dtype);
   }
 }
 

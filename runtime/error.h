@@ -13,14 +13,14 @@ namespace lightmoe {
 
 // Documented in README.md ("Exit codes"); the values are part of the program's interface.
 enum class ErrorKind {
-  kInternal = 1,   // a broken invariant of this program
-  kUsage = 2,      // flags, configuration, output path
-  kInput = 3,      // model, tokenizer or data file
-  kIo = 4,         // disk full, permission, device error
-  kMemory = 5,     // host or device memory
-  kNumeric = 6,    // NaN, infinity, divergence
-  kResume = 7,     // incompatible or corrupt checkpoint to resume from
-  kDevice = 9,     // GPU, driver or plug-in
+  kInternal = 1,  // a broken invariant of this program
+  kUsage = 2,     // flags, configuration, output path
+  kInput = 3,     // model, tokenizer or data file
+  kIo = 4,        // disk full, permission, device error
+  kMemory = 5,    // host or device memory
+  kNumeric = 6,   // NaN, infinity, divergence
+  kResume = 7,    // incompatible or corrupt checkpoint to resume from
+  kDevice = 9,    // GPU, driver or plug-in
 };
 
 class Error : public std::runtime_error {

@@ -16,7 +16,8 @@ inline int num_threads() { return omp_get_max_threads(); }
 // Calls f(begin, end) on disjoint contiguous pieces that cover [begin, end), at least `grain` long
 // each. Which thread runs a piece never changes a result: f must write only what its range owns.
 // The first exception thrown by a piece is rethrown here. Nested calls run serially.
-template <class F> void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& f) {
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& f) {
   const int64_t count = end - begin;
   if (count <= 0) return;
   const int64_t pieces =
@@ -27,7 +28,7 @@ template <class F> void parallel_for(int64_t begin, int64_t end, int64_t grain, 
   }
   std::exception_ptr error;
   std::mutex error_mutex;
-#pragma omp parallel for num_threads(static_cast<int>(pieces)) schedule(static)
+#pragma omp parallel for num_threads(static_cast <int>(pieces)) schedule(static)
   for (int64_t p = 0; p < pieces; ++p) {
     try {
       f(begin + count * p / pieces, begin + count * (p + 1) / pieces);
@@ -41,7 +42,8 @@ template <class F> void parallel_for(int64_t begin, int64_t end, int64_t grain, 
 
 // As parallel_for, for items of very different cost (ragged experts): f(i) for each i, handed out
 // one at a time in order.
-template <class F> void parallel_items(int64_t count, F&& f) {
+template <class F>
+void parallel_items(int64_t count, F&& f) {
   if (count <= 0) return;
   if (count == 1 || omp_in_parallel() || num_threads() == 1) {
     for (int64_t i = 0; i < count; ++i) f(i);

@@ -40,8 +40,10 @@ class Tensor {
   static Tensor empty(const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
   static Tensor zeros(const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
   // Memory owned by somebody else, who must outlive the handle.
-  static Tensor borrow(void* data, const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
-  template <class T> static Tensor from(const std::vector<T>& values, const Shape& shape);
+  static Tensor borrow(void* data, const Shape& shape, DType dtype,
+                       DeviceKind device = DeviceKind::kCpu);
+  template <class T>
+  static Tensor from(const std::vector<T>& values, const Shape& shape);
 
   bool defined() const { return data_ != nullptr || defined_empty_; }
   explicit operator bool() const { return defined(); }
@@ -54,18 +56,19 @@ class Tensor {
   int64_t bytes() const { return numel() * static_cast<int64_t>(size_of(dtype_)); }
 
   void* raw() const { return data_; }
-  template <class T> T* data() const {
+  template <class T>
+  T* data() const {
     require(dtype_ == dtype_of<T>, "Tensor {}: holds {}, read as {}", shape_.str(), name_of(dtype_),
             name_of(dtype_of<T>));
     return static_cast<T*>(data_);
   }
 
-  Tensor reshape(const Shape& shape) const;            // same number of elements
-  Tensor slice(int64_t begin, int64_t end) const;      // along dimension 0
-  Tensor row(int64_t i) const;                         // slice without dimension 0
-  Tensor clone() const;                                // own memory, current MemoryScope
-  Tensor to(DType dtype) const;                        // converted copy (floating types); clone if equal
-  void copy_from(const Tensor& source) const;          // same shape; converts floating dtypes
+  Tensor reshape(const Shape& shape) const;        // same number of elements
+  Tensor slice(int64_t begin, int64_t end) const;  // along dimension 0
+  Tensor row(int64_t i) const;                     // slice without dimension 0
+  Tensor clone() const;                            // own memory, current MemoryScope
+  Tensor to(DType dtype) const;                // converted copy (floating types); clone if equal
+  void copy_from(const Tensor& source) const;  // same shape; converts floating dtypes
   void fill_zero() const;
   bool shares_buffer_with(const Tensor& other) const { return buffer_ && buffer_ == other.buffer_; }
   void reset() { *this = Tensor(); }
@@ -79,7 +82,8 @@ class Tensor {
   bool defined_empty_ = false;  // zero elements, yet a real tensor
 };
 
-template <class T> Tensor Tensor::from(const std::vector<T>& values, const Shape& shape) {
+template <class T>
+Tensor Tensor::from(const std::vector<T>& values, const Shape& shape) {
   require(static_cast<int64_t>(values.size()) == shape.numel(), "Tensor::from: {} values for {}",
           values.size(), shape.str());
   Tensor t = empty(shape, dtype_of<T>);
@@ -88,6 +92,7 @@ template <class T> Tensor Tensor::from(const std::vector<T>& values, const Shape
 }
 
 // Door check of an op: throws Error(kInternal) "op: name is [..] f32, expected [..] bf16".
-void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape, DType dtype);
+void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape,
+                    DType dtype);
 
 }  // namespace lightmoe

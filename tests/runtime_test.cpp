@@ -24,7 +24,8 @@ TEST(DType, Bf16RoundTripsEveryPattern) {
   }
 }
 
-// Between every two neighbouring bf16 values: the nearer one, ties to the even pattern, overflow to infinity.
+// Between every two neighbouring bf16 values: the nearer one, ties to the even pattern, overflow to
+// infinity.
 TEST(DType, Bf16RoundsToNearestEven) {
   for (uint32_t bits = 0; bits < 0x7f80u; ++bits) {
     const uint32_t low = bits << 16;
@@ -44,12 +45,14 @@ TEST(DType, F16RoundTripsEveryPatternAndRounds) {
     f16 value;
     value.bits = static_cast<uint16_t>(bits);
     const float wide = static_cast<float>(value);
-    if (std::isnan(wide)) EXPECT_TRUE(std::isnan(static_cast<float>(f16(wide))));
-    else EXPECT_EQ(f16(wide).bits, bits);
+    if (std::isnan(wide))
+      EXPECT_TRUE(std::isnan(static_cast<float>(f16(wide))));
+    else
+      EXPECT_EQ(f16(wide).bits, bits);
   }
   EXPECT_EQ(f16(65519.99f).bits, 0x7bffu);
   EXPECT_EQ(f16(65520.0f).bits, 0x7c00u);
-  EXPECT_EQ(f16(0x1p-25f).bits, 0u);         // tie to even zero
+  EXPECT_EQ(f16(0x1p-25f).bits, 0u);  // tie to even zero
   EXPECT_EQ(f16(0x1.8p-25f).bits, 1u);
   EXPECT_EQ(f16(1.0f + 0x1p-11f).bits, 0x3c00u);
 }
@@ -63,7 +66,8 @@ TEST(Memory, CountsLiveAndPeakPerCategory) {
     { const Tensor b = Tensor::empty({3 << 20}, DType::kU8); }
     const Tensor view = a.slice(10, 20);
     a.reset();
-    EXPECT_EQ(memory_use(MemoryCategory::kOptimizer).live_bytes - before, 4000);  // the view keeps it
+    EXPECT_EQ(memory_use(MemoryCategory::kOptimizer).live_bytes - before,
+              4000);  // the view keeps it
   }
   EXPECT_EQ(memory_use(MemoryCategory::kOptimizer).live_bytes, before);
   EXPECT_EQ(memory_use(MemoryCategory::kOptimizer).peak_bytes - before, 4000 + (3 << 20));
@@ -79,17 +83,21 @@ TEST(Memory, AlignsToCacheLines) {
 TEST(Parallel, CoversTheRangeOnceAndRethrows) {
   for (const int64_t n : {0, 1, 2, 31, 1000}) {
     std::vector<int> seen(static_cast<size_t>(n), 0);
-    parallel_for(0, n, 3, [&](int64_t b, int64_t e) { for (int64_t i = b; i < e; ++i) ++seen[static_cast<size_t>(i)]; });
+    parallel_for(0, n, 3, [&](int64_t b, int64_t e) {
+      for (int64_t i = b; i < e; ++i) ++seen[static_cast<size_t>(i)];
+    });
     parallel_items(n, [&](int64_t i) { ++seen[static_cast<size_t>(i)]; });
     for (const int s : seen) EXPECT_EQ(s, 2);
   }
-  EXPECT_THROW(parallel_for(0, 100, 1, [](int64_t, int64_t) { fail(ErrorKind::kInternal, "x"); }), Error);
+  EXPECT_THROW(parallel_for(0, 100, 1, [](int64_t, int64_t) { fail(ErrorKind::kInternal, "x"); }),
+               Error);
 }
 
 // Known answers of the reference implementation (Random123 kat_vectors, philox4x32 10 rounds).
 TEST(Philox, KnownAnswers) {
   EXPECT_EQ(philox(0, 0, 0), (PhiloxBlock{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}));
-  EXPECT_EQ(philox(~0ull, ~0ull, ~0ull), (PhiloxBlock{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
+  EXPECT_EQ(philox(~0ull, ~0ull, ~0ull),
+            (PhiloxBlock{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
   EXPECT_EQ(philox(0x299f31d0a4093822ull, 0x0370734413198a2eull, 0x85a308d3243f6a88ull),
             (PhiloxBlock{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}));
 }
@@ -109,7 +117,7 @@ TEST(Philox, NormalHasItsMoments) {
   double mean = 0, square = 0;
   for (const float v : values) mean += v, square += static_cast<double>(v) * v;
   mean /= static_cast<double>(values.size()), square /= static_cast<double>(values.size());
-  EXPECT_NEAR(mean, 0, 5 * 2 / std::sqrt(100001.0));         // five standard errors
+  EXPECT_NEAR(mean, 0, 5 * 2 / std::sqrt(100001.0));  // five standard errors
   EXPECT_NEAR(square, 4, 5 * 4 * std::sqrt(2 / 100001.0));
 }
 

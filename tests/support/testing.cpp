@@ -24,9 +24,12 @@ std::vector<double> to_doubles(const Tensor& t) {
     convert(t.raw(), t.dtype(), out.data(), DType::kF64, out.size());
   } else {
     for (size_t i = 0; i < out.size(); ++i) {
-      if (t.dtype() == DType::kI32) out[i] = t.data<int32_t>()[i];
-      else if (t.dtype() == DType::kI64) out[i] = static_cast<double>(t.data<int64_t>()[i]);
-      else out[i] = t.data<uint8_t>()[i];
+      if (t.dtype() == DType::kI32)
+        out[i] = t.data<int32_t>()[i];
+      else if (t.dtype() == DType::kI64)
+        out[i] = static_cast<double>(t.data<int64_t>()[i]);
+      else
+        out[i] = t.data<uint8_t>()[i];
     }
   }
   return out;
@@ -46,18 +49,19 @@ Guarded::~Guarded() {
   const unsigned char* end = start + tensor_.bytes();
   for (const unsigned char* p = memory_.data(); p < memory_.data() + memory_.size(); ++p) {
     if ((p < start || p >= end) && *p != kCanary) {
-      ADD_FAILURE() << "a kernel wrote " << (p < start ? p - start : p - end) << " bytes outside its output "
-                    << tensor_.shape().str();
+      ADD_FAILURE() << "a kernel wrote " << (p < start ? p - start : p - end)
+                    << " bytes outside its output " << tensor_.shape().str();
       return;
     }
   }
 }
 
-::testing::AssertionResult close(const Tensor& actual, const std::vector<double>& expected, double relative,
-                                 double absolute) {
+::testing::AssertionResult close(const Tensor& actual, const std::vector<double>& expected,
+                                 double relative, double absolute) {
   const std::vector<double> values = to_doubles(actual);
   if (values.size() != expected.size()) {
-    return ::testing::AssertionFailure() << values.size() << " elements, expected " << expected.size();
+    return ::testing::AssertionFailure()
+           << values.size() << " elements, expected " << expected.size();
   }
   double largest = 0;
   for (const double e : expected) {
@@ -72,9 +76,11 @@ Guarded::~Guarded() {
     if (std::isnan(error)) error = std::numeric_limits<double>::infinity();
     if (error > worst) worst = error, where = i;
   }
-  if (worst <= bound) return ::testing::AssertionSuccess() << "worst error " << worst << " of bound " << bound;
-  return ::testing::AssertionFailure() << "element " << where << " is " << values[where] << ", expected "
-                                       << expected[where] << ", error " << worst << " over the bound " << bound;
+  if (worst <= bound)
+    return ::testing::AssertionSuccess() << "worst error " << worst << " of bound " << bound;
+  return ::testing::AssertionFailure()
+         << "element " << where << " is " << values[where] << ", expected " << expected[where]
+         << ", error " << worst << " over the bound " << bound;
 }
 
 ::testing::AssertionResult bits_equal(const Tensor& a, const Tensor& b) {
@@ -87,7 +93,8 @@ Guarded::~Guarded() {
   const std::vector<double> x = to_doubles(a), y = to_doubles(b);
   for (size_t i = 0; i < x.size(); ++i) {
     if (x[i] != y[i]) {
-      return ::testing::AssertionFailure() << "element " << i << ": " << x[i] << " against " << y[i];
+      return ::testing::AssertionFailure()
+             << "element " << i << ": " << x[i] << " against " << y[i];
     }
   }
   return ::testing::AssertionFailure() << "equal values, different bits";
@@ -95,20 +102,25 @@ Guarded::~Guarded() {
 
 double unit_roundoff(DType dtype) {
   switch (dtype) {
-    case DType::kF64: return 0x1p-53;
-    case DType::kBF16: return 0x1p-8;
-    case DType::kF16: return 0x1p-11;
-    default: return 0x1p-24;
+    case DType::kF64:
+      return 0x1p-53;
+    case DType::kBF16:
+      return 0x1p-8;
+    case DType::kF16:
+      return 0x1p-11;
+    default:
+      return 0x1p-24;
   }
 }
 
 double sum_tolerance(DType dtype, int64_t terms) {
   const double compute = dtype == DType::kF64 ? 0x1p-53 : 0x1p-24;
-  return 8 * compute * std::sqrt(static_cast<double>(terms) + 1) + (dtype == DType::kBF16 ? 0x1p-8 : 0);
+  return 8 * compute * std::sqrt(static_cast<double>(terms) + 1) +
+         (dtype == DType::kBF16 ? 0x1p-8 : 0);
 }
 
-::testing::AssertionResult gradient_matches(const std::function<double()>& f, const Tensor& x, const Tensor& analytic,
-                                            double tolerance) {
+::testing::AssertionResult gradient_matches(const std::function<double()>& f, const Tensor& x,
+                                            const Tensor& analytic, double tolerance) {
   double* values = x.data<double>();
   const double* gradient = analytic.data<double>();
   double largest = 0;
@@ -122,8 +134,8 @@ double sum_tolerance(DType dtype, int64_t terms) {
     values[i] = saved;
     const double numeric = (above - below) / (2 * h);
     if (!(std::abs(numeric - gradient[i]) <= tolerance * std::max(1.0, largest))) {
-      return ::testing::AssertionFailure() << "element " << i << ": analytic " << gradient[i] << ", central difference "
-                                           << numeric;
+      return ::testing::AssertionFailure() << "element " << i << ": analytic " << gradient[i]
+                                           << ", central difference " << numeric;
     }
   }
   return ::testing::AssertionSuccess();
