@@ -16,12 +16,11 @@ std::string scalar_text(const toml::node& node, const std::string& where) {
   if (const auto* number = node.as_integer()) return fmt::format("{}", number->get());
   if (const auto* number = node.as_floating_point()) return fmt::format("{}", number->get());
   if (const auto* flag = node.as_boolean()) return flag->get() ? "true" : "false";
-  fail(ErrorKind::kUsage, "{}: expected a string, a number, true or false, or a list of these",
-       where);
+  fail(ErrorKind::kUsage, "{}: expected a string, a number, true or false, or a list of these", where);
 }
 
-void append_option(const CLI::Option& option, const std::string& key, const toml::node& node,
-                   const std::string& where, std::vector<std::string>& arguments) {
+void append_option(const CLI::Option& option, const std::string& key, const toml::node& node, const std::string& where,
+                   std::vector<std::string>& arguments) {
   const bool is_flag = option.get_items_expected_max() == 0;
   if (is_flag) {
     const auto* flag = node.as_boolean();
@@ -49,14 +48,13 @@ std::vector<std::string> long_option_names(const CLI::App& verb) {
 }
 
 std::vector<std::string> arguments_from_config(const std::string& path, const CLI::App& verb,
-                                               const std::string& verb_name,
-                                               const std::vector<std::string>& given) {
+                                               const std::string& verb_name, const std::vector<std::string>& given) {
   toml::table file;
   try {
     file = toml::parse_file(path);
   } catch (const toml::parse_error& error) {
-    fail(ErrorKind::kUsage, "{}:{}:{}: {}", path, error.source().begin.line,
-         error.source().begin.column, error.description());
+    fail(ErrorKind::kUsage, "{}:{}:{}: {}", path, error.source().begin.line, error.source().begin.column,
+         error.description());
   }
   std::vector<std::string> arguments;
   const auto take = [&](const toml::table& table, bool top) {
@@ -91,8 +89,7 @@ std::string config_from_arguments(const CLI::App& verb) {
       const bool number = !value.empty() && (std::strtod(value.c_str(), &end), *end == '\0');
       if (number || value == "true" || value == "false") return value;
       std::string escaped = "\"";
-      for (const char c : value)
-        escaped += c == '"' || c == '\\' ? std::string{'\\', c} : std::string{c};
+      for (const char c : value) escaped += c == '"' || c == '\\' ? std::string{'\\', c} : std::string{c};
       return escaped + "\"";
     };
     const std::vector<std::string> values = option->results();

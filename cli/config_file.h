@@ -13,8 +13,7 @@ namespace lightmoe::cli {
 // Command-line arguments equivalent to the file's keys, without those whose option stands in
 // `given`.
 std::vector<std::string> arguments_from_config(const std::string& path, const CLI::App& verb,
-                                               const std::string& verb_name,
-                                               const std::vector<std::string>& given);
+                                               const std::string& verb_name, const std::vector<std::string>& given);
 // The verb's options as they stand after parsing, as TOML that --config reads back.
 std::string config_from_arguments(const CLI::App& verb);
 std::vector<std::string> long_option_names(const CLI::App& verb);

@@ -34,33 +34,24 @@ struct Common {
 
 void add_common(CLI::App& app, Common& common) {
   const std::string group = "Runtime";
-  app.add_option("--config", common.config, "read options from a TOML file; flags win")
-      ->group(group);
-  app.add_flag("--print-config", common.print_config, "print the options as TOML and stop")
-      ->group(group);
+  app.add_option("--config", common.config, "read options from a TOML file; flags win")->group(group);
+  app.add_flag("--print-config", common.print_config, "print the options as TOML and stop")->group(group);
   app.add_option("--device", common.device, "cpu; sim and cuda where the build has them")
       ->group(group)
       ->capture_default_str();
-  app.add_option("--threads", common.threads, "threads (0 = all cores)")
-      ->group(group)
-      ->capture_default_str();
-  app.add_option("--gemm", common.gemm, "GEMM backend by name, or auto")
-      ->group(group)
-      ->capture_default_str();
-  app.add_flag("--gemm-picks", common.gemm_picks, "print which backend each shape got, on stderr")
-      ->group(group);
-  app.add_option("--trace", common.trace, "write a timeline (Chrome-trace JSON) to this file")
-      ->group(group);
+  app.add_option("--threads", common.threads, "threads (0 = all cores)")->group(group)->capture_default_str();
+  app.add_option("--gemm", common.gemm, "GEMM backend by name, or auto")->group(group)->capture_default_str();
+  app.add_flag("--gemm-picks", common.gemm_picks, "print which backend each shape got, on stderr")->group(group);
+  app.add_option("--trace", common.trace, "write a timeline (Chrome-trace JSON) to this file")->group(group);
   app.add_flag("--log-json", common.log_json, "errors as one JSON object on stderr")->group(group);
 }
 
 void apply_common(const Common& common) {
-  check(common.device == "cpu" || common.device == "sim" || common.device == "cuda",
-        ErrorKind::kUsage, "--device {}: expected cpu, sim or cuda", common.device);
-  check(common.device == "cpu", ErrorKind::kDevice, "--device {}: this build runs on the cpu only",
-        common.device);
-  check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage,
-        "--threads {}: expected 0 to 4096", common.threads);
+  check(common.device == "cpu" || common.device == "sim" || common.device == "cuda", ErrorKind::kUsage,
+        "--device {}: expected cpu, sim or cuda", common.device);
+  check(common.device == "cpu", ErrorKind::kDevice, "--device {}: this build runs on the cpu only", common.device);
+  check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage, "--threads {}: expected 0 to 4096",
+        common.threads);
   if (common.threads > 0) omp_set_num_threads(common.threads);
   if (!common.trace.empty()) trace_start();
 }
@@ -76,8 +67,7 @@ int report_error(int code, const std::string& message, bool as_json) {
   const std::string line = one_line(message);
   if (as_json) {
     const nlohmann::ordered_json object = {{"error", {{"code", code}, {"message", line}}}};
-    fmt::print(stderr, "{}\n",
-               object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
+    fmt::print(stderr, "{}\n", object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
   } else {
     fmt::print(stderr, "error[E{}] {}\n", code, line);
   }
@@ -89,8 +79,8 @@ std::vector<std::string> given_options(const std::vector<std::string>& arguments
   std::vector<std::string> names;
   for (const std::string& argument : arguments) {
     if (argument.rfind("--", 0) == 0)
-      names.push_back(argument.substr(
-          2, argument.find('=') == std::string::npos ? std::string::npos : argument.find('=') - 2));
+      names.push_back(
+          argument.substr(2, argument.find('=') == std::string::npos ? std::string::npos : argument.find('=') - 2));
   }
   return names;
 }
@@ -112,8 +102,7 @@ void print_help() {
   std::map<std::string, std::vector<const Verb*>> groups;
   for (const Verb& verb : verbs()) groups[verb.group].push_back(&verb);
   for (auto& [group, members] : groups) {
-    std::sort(members.begin(), members.end(),
-              [](const Verb* a, const Verb* b) { return a->name < b->name; });
+    std::sort(members.begin(), members.end(), [](const Verb* a, const Verb* b) { return a->name < b->name; });
     fmt::print("\n{}:\n", group);
     for (const Verb* verb : members) fmt::print("  {:<12}{}\n", verb->name, verb->summary);
   }
@@ -130,8 +119,7 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
   const VerbAction action = verb.declare(app);
   add_common(app, common);
   if (const std::string path = config_path(arguments); !path.empty()) {
-    const std::vector<std::string> extra =
-        arguments_from_config(path, app, verb.name, given_options(arguments));
+    const std::vector<std::string> extra = arguments_from_config(path, app, verb.name, given_options(arguments));
     arguments.insert(arguments.end(), extra.begin(), extra.end());
   }
   std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them from the back
@@ -144,8 +132,7 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
     std::string hint;
     for (const std::string& extra : app.remaining()) {
       if (extra.rfind("--", 0) != 0) continue;
-      const std::string near =
-          nearest(extra.substr(2, extra.find('=') - 2), long_option_names(app));
+      const std::string near = nearest(extra.substr(2, extra.find('=') - 2), long_option_names(app));
       if (!near.empty()) hint = fmt::format("; did you mean --{}?", near);
     }
     fail(ErrorKind::kUsage, "{}{}", one_line(error.what()), hint);
@@ -163,8 +150,7 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
 }
 
 int main_checked(const std::vector<std::string>& arguments, Common& common) {
-  if (arguments.empty() || arguments[0] == "--help" || arguments[0] == "-h" ||
-      arguments[0] == "help") {
+  if (arguments.empty() || arguments[0] == "--help" || arguments[0] == "-h" || arguments[0] == "help") {
     print_help();
     return arguments.empty() ? static_cast<int>(ErrorKind::kUsage) : 0;
   }
@@ -174,8 +160,7 @@ int main_checked(const std::vector<std::string>& arguments, Common& common) {
   }
   std::vector<std::string> names;
   for (const Verb& verb : verbs()) {
-    if (verb.name == arguments[0])
-      return run_verb(verb, {arguments.begin() + 1, arguments.end()}, common);
+    if (verb.name == arguments[0]) return run_verb(verb, {arguments.begin() + 1, arguments.end()}, common);
     names.push_back(verb.name);
   }
   const std::string near = nearest(arguments[0], names);
@@ -205,12 +190,9 @@ int run_program(int argc, char** argv) {
   } catch (const Error& error) {
     return report_error(error.exit_code(), error.what(), common.log_json);
   } catch (const std::bad_alloc&) {
-    return report_error(static_cast<int>(ErrorKind::kMemory), "out of host memory",
-                        common.log_json);
+    return report_error(static_cast<int>(ErrorKind::kMemory), "out of host memory", common.log_json);
   } catch (const std::system_error& error) {
-    return errno == EPIPE
-               ? 0
-               : report_error(static_cast<int>(ErrorKind::kIo), error.what(), common.log_json);
+    return errno == EPIPE ? 0 : report_error(static_cast<int>(ErrorKind::kIo), error.what(), common.log_json);
   } catch (const std::exception& error) {
     return report_error(static_cast<int>(ErrorKind::kInternal), error.what(), common.log_json);
   }

@@ -8,11 +8,18 @@
 
 namespace lightmoe {
 
-template <class T> inline compute_t<T> load(const T* p, int64_t i) { return static_cast<compute_t<T>>(p[i]); }
-template <class T> inline void store(T* p, int64_t i, compute_t<T> value) { p[i] = static_cast<T>(value); }
+template <class T>
+inline compute_t<T> load(const T* p, int64_t i) {
+  return static_cast<compute_t<T>>(p[i]);
+}
+template <class T>
+inline void store(T* p, int64_t i, compute_t<T> value) {
+  p[i] = static_cast<T>(value);
+}
 
 // Calls f.template operator()<W>() for a weight that has the activation's type T or is f32 or bf16.
-template <class T, class F> void visit_weight(const char* op, DType dtype, F&& f) {
+template <class T, class F>
+void visit_weight(const char* op, DType dtype, F&& f) {
   if (dtype == dtype_of<T>) return f.template operator()<T>();
   if constexpr (!std::is_same_v<T, double>) {
     if (dtype == DType::kF32) return f.template operator()<float>();

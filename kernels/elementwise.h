@@ -14,12 +14,29 @@
 
 namespace lightmoe {
 
-struct Add { Tensor a, b, y; };
-struct Axpy { double alpha = 1; Tensor x, y; };
-struct Scale { double alpha = 1; Tensor x, y; };
-struct Clamp { double limit = 0; Tensor x, y; };
-struct ClampBackward { double limit = 0; Tensor x, dy, dx; };
-struct Blend { double beta = 0; Tensor a, b, y; };
+struct Add {
+  Tensor a, b, y;
+};
+struct Axpy {
+  double alpha = 1;
+  Tensor x, y;
+};
+struct Scale {
+  double alpha = 1;
+  Tensor x, y;
+};
+struct Clamp {
+  double limit = 0;
+  Tensor x, y;
+};
+struct ClampBackward {
+  double limit = 0;
+  Tensor x, dy, dx;
+};
+struct Blend {
+  double beta = 0;
+  Tensor a, b, y;
+};
 void run(const Add& op);
 void run(const Axpy& op);
 void run(const Scale& op);

@@ -77,10 +77,10 @@ struct GemmDesc {
 };
 
 struct GemmBackend {
-  std::string_view name;                     // "reference", "blas", "native", later "mma", "wgmma", "cublas"
-  bool (*supports)(const GemmDesc&);         // the only truth; no silent fallback inside a backend
-  double (*cost)(const GemmDesc&);           // estimated microseconds, for the choice only
-  void (*dense)(const Gemm&);                // null where a kind is not implemented (then supports says no)
+  std::string_view name;              // "reference", "blas", "native", later "mma", "wgmma", "cublas"
+  bool (*supports)(const GemmDesc&);  // the only truth; no silent fallback inside a backend
+  double (*cost)(const GemmDesc&);    // estimated microseconds, for the choice only
+  void (*dense)(const Gemm&);         // null where a kind is not implemented (then supports says no)
   void (*grouped_m)(const GroupedGemmM&);
   void (*grouped_k)(const GroupedGemmK&);
 };

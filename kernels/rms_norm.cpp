@@ -26,8 +26,7 @@ void forward(const RmsNorm& op) {
       for (int64_t i = 0; i < n; ++i) sum += load(x, t * n + i) * load(x, t * n + i);
       const C r = C(1) / std::sqrt(sum / static_cast<C>(n) + static_cast<C>(op.eps));
       for (int64_t i = 0; i < n; ++i) {
-        const T normalized =
-            static_cast<T>(load(x, t * n + i) * r);  // rounded to x's type first, as HF
+        const T normalized = static_cast<T>(load(x, t * n + i) * r);  // rounded to x's type first, as HF
         store(y, t * n + i, static_cast<C>(normalized) * static_cast<C>(load(w, i)));
       }
       if (rstd != nullptr) rstd[t] = r;
@@ -48,8 +47,7 @@ void backward(const RmsNormBackward& op) {
     C* dw = op.dw.data<C>();
     parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
       for (int64_t t = 0; t < rows; ++t) {
-        for (int64_t i = begin; i < end; ++i)
-          dw[i] += load(dy, t * n + i) * load(x, t * n + i) * rstd[t];
+        for (int64_t i = begin; i < end; ++i) dw[i] += load(dy, t * n + i) * load(x, t * n + i) * rstd[t];
       }
     });
   }
@@ -71,9 +69,8 @@ void backward(const RmsNormBackward& op) {
 }
 
 void forward_cpu(const RmsNorm& op) {
-  visit_floating("rms_norm", op.x.dtype(), [&]<class T>() {
-    visit_weight<T>("rms_norm", op.w.dtype(), [&]<class W>() { forward<T, W>(op); });
-  });
+  visit_floating("rms_norm", op.x.dtype(),
+                 [&]<class T>() { visit_weight<T>("rms_norm", op.w.dtype(), [&]<class W>() { forward<T, W>(op); }); });
 }
 void backward_cpu(const RmsNormBackward& op) {
   visit_floating("rms_norm_backward", op.x.dtype(), [&]<class T>() {
@@ -91,8 +88,7 @@ void run(const RmsNorm& op) {
   require(op.x.rank() == 2, "rms_norm: x is {}, expected [T, N]", op.x.shape().str());
   require_tensor(op.w, "rms_norm", "w", {op.x.dim(1)}, op.w.dtype());
   require_tensor(op.y, "rms_norm", "y", op.x.shape(), op.x.dtype());
-  if (op.rstd.defined())
-    require_tensor(op.rstd, "rms_norm", "rstd", {op.x.dim(0)}, accumulator_of(op.x.dtype()));
+  if (op.rstd.defined()) require_tensor(op.rstd, "rms_norm", "rstd", {op.x.dim(0)}, accumulator_of(op.x.dtype()));
   dispatch(op, op.x.device(), "rms_norm");
 }
 

@@ -47,10 +47,12 @@ Document tokenize(const TextRecord& record, const Tokenizer& tokenizer, int32_t 
 // A batch of B rows of S tokens. Documents packed into a row attend only to themselves and positions restart at each.
 struct TokenRows {
   int64_t rows = 0, length = 0;
-  std::vector<int32_t> ids;        // [B*S], padded with pad_id
-  std::vector<int32_t> labels;     // [B*S], label of position i is token i+1 of the same document where loss falls on it, else -100
+  std::vector<int32_t> ids;  // [B*S], padded with pad_id
+  std::vector<int32_t>
+      labels;  // [B*S], label of position i is token i+1 of the same document where loss falls on it, else -100
   std::vector<int32_t> positions;  // [B*S]
-  std::vector<int32_t> doc_begin;  // flat start of each document in [0, B*S], ending with B*S; padding is a document of its own
+  std::vector<int32_t>
+      doc_begin;  // flat start of each document in [0, B*S], ending with B*S; padding is a document of its own
   int64_t num_labels = 0;
 };
 
@@ -59,9 +61,10 @@ class DataStream {
  public:
   struct Options {
     int64_t rows = 8, length = 256;
-    bool pack = true;             // several documents a row; false: one document a row, padded
+    bool pack = true;  // several documents a row; false: one document a row, padded
     bool shuffle = true;
-    bool truncate = false;        // documents longer than a row: error unless truncate (pack splits plain text at row borders)
+    bool truncate =
+        false;  // documents longer than a row: error unless truncate (pack splits plain text at row borders)
     uint64_t seed = 1;
     int32_t pad_id = 0;
   };

@@ -15,7 +15,8 @@ class OutputDirectory {
  public:
   // Refuses, before any work, with Error(kUsage): target exists (unless force), target equal to or inside one of `inputs`
   // (by device and inode), parent missing or not writable. With force the old directory is replaced at commit, not before.
-  OutputDirectory(const std::filesystem::path& target, bool force, const std::vector<std::filesystem::path>& inputs = {});
+  OutputDirectory(const std::filesystem::path& target, bool force,
+                  const std::vector<std::filesystem::path>& inputs = {});
   ~OutputDirectory();
   const std::filesystem::path& path() const { return temporary_; }  // write files here
   void commit();
@@ -30,7 +31,8 @@ class OutputDirectory {
 bool is_complete(const std::filesystem::path& directory, bool verify_hashes, std::string* why_not = nullptr);
 
 void write_file_atomically(const std::filesystem::path& path, const std::string& contents);
-std::string read_file(const std::filesystem::path& path, int64_t max_bytes);  // regular files only; Error(kInput) past the cap
+std::string read_file(const std::filesystem::path& path,
+                      int64_t max_bytes);  // regular files only; Error(kInput) past the cap
 void copy_file_bytes(const std::filesystem::path& from, const std::filesystem::path& to);
 std::string hash_file(const std::filesystem::path& path);  // XXH3-128, 32 hex digits
 

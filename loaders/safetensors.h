@@ -55,7 +55,7 @@ class Checkpoint {
   const std::filesystem::path& path() const { return path_; }
   std::vector<std::string> names() const;  // sorted
   bool contains(const std::string& name) const { return where_.count(name) != 0; }
-  const TensorInfo& info(const std::string& name) const;        // Error(kInput) naming the missing tensor
+  const TensorInfo& info(const std::string& name) const;  // Error(kInput) naming the missing tensor
   const SafetensorsFile& file_of(const std::string& name) const;
   Tensor read(const std::string& name, DType dtype) const { return file_of(name).read(name, dtype); }
   int64_t total_bytes() const;  // of all tensors

@@ -24,8 +24,8 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view text) const;
   // Bytes that are not valid UTF-8 become U+FFFD, as in Hugging Face. Unknown ids throw Error(kInput).
   std::string decode(const std::vector<int32_t>& ids, bool skip_special_tokens = false) const;
-  std::string token(int32_t id) const;   // as written in the file
-  int64_t vocab_size() const;            // highest id + 1, added tokens included
+  std::string token(int32_t id) const;  // as written in the file
+  int64_t vocab_size() const;           // highest id + 1, added tokens included
 
  private:
   Tokenizer();

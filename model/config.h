@@ -11,17 +11,18 @@
 namespace lightmoe {
 
 struct OlmoeConfig {
-  int64_t vocab_size = 0;           // V, embedding rows (may exceed the tokenizer's size)
-  int64_t hidden_size = 0;          // D
-  int64_t intermediate_size = 0;    // F, width of one expert
-  int64_t num_layers = 0;           // L, num_hidden_layers
-  int64_t num_heads = 0;            // H, num_attention_heads
-  int64_t num_kv_heads = 0;         // Hkv; null or absent means num_heads
-  int64_t num_experts = 0;          // E, num_experts or num_local_experts
+  int64_t vocab_size = 0;             // V, embedding rows (may exceed the tokenizer's size)
+  int64_t hidden_size = 0;            // D
+  int64_t intermediate_size = 0;      // F, width of one expert
+  int64_t num_layers = 0;             // L, num_hidden_layers
+  int64_t num_heads = 0;              // H, num_attention_heads
+  int64_t num_kv_heads = 0;           // Hkv; null or absent means num_heads
+  int64_t num_experts = 0;            // E, num_experts or num_local_experts
   int64_t num_experts_per_token = 0;  // K
   int64_t max_position_embeddings = 0;
   double rms_norm_eps = 1e-5;
-  double rope_theta = 10000;        // rope_theta or rope_parameters.rope_theta; rope_scaling other than null/default is refused
+  double rope_theta =
+      10000;  // rope_theta or rope_parameters.rope_theta; rope_scaling other than null/default is refused
   std::optional<double> clip_qkv;
   bool norm_topk_prob = false;
   bool tie_word_embeddings = false;

@@ -51,15 +51,15 @@ struct AnnealedSlot {
 };
 
 struct MoeLayer {
-  ParameterPtr router;         // [E,D] mlp.gate.weight
-  std::vector<Slot> slots;     // E
-  std::vector<Expert> experts; // the bank: kept experts and bases
+  ParameterPtr router;          // [E,D] mlp.gate.weight
+  std::vector<Slot> slots;      // E
+  std::vector<Expert> experts;  // the bank: kept experts and bases
   std::vector<Adapter> adapters;
   std::vector<AnnealedSlot> annealed;  // empty when beta is 0 or nothing anneals
   double beta = 0;
 
   int64_t num_slots() const { return static_cast<int64_t>(slots.size()); }
-  bool is_plain() const;  // slot i owns expert i, no adapters: stock OLMoE
+  bool is_plain() const;                         // slot i owns expert i, no adapters: stock OLMoE
   std::vector<ParameterPtr> parameters() const;  // router, experts, adapters (annealed originals are not parameters)
   int64_t stored_bytes() const;
 };

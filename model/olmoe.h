@@ -35,11 +35,11 @@ struct Batch {
 };
 // B rows of S ids (row-major). attention_mask u8 [B*S] (right or left padded rows) and labels as in the file (unshifted,
 // Hugging Face style: shifted here) may be empty.
-Batch make_batch(const std::vector<int32_t>& ids, int64_t rows, int64_t length, const std::vector<int32_t>& hf_labels = {},
-                 const std::vector<uint8_t>& attention_mask = {});
+Batch make_batch(const std::vector<int32_t>& ids, int64_t rows, int64_t length,
+                 const std::vector<int32_t>& hf_labels = {}, const std::vector<uint8_t>& attention_mask = {});
 // Packed rows: doc_begin as in loaders/dataset.h TokenRows (labels already aligned).
-Batch make_packed_batch(const std::vector<int32_t>& ids, const std::vector<int32_t>& labels, const std::vector<int32_t>& positions,
-                        const std::vector<int32_t>& doc_begin);
+Batch make_packed_batch(const std::vector<int32_t>& ids, const std::vector<int32_t>& labels,
+                        const std::vector<int32_t>& positions, const std::vector<int32_t>& doc_begin);
 
 // What a layer's router saw and chose; handed to observers (calibration, dump).
 struct RouterView {
@@ -68,9 +68,9 @@ struct ForwardOptions {
 };
 struct TrainOptions {
   GemmCompute compute = GemmCompute::kF32;
-  double loss_scale = 1;      // 1 / unmasked labels of the whole optimizer step
-  double aux_coef = 0;        // times aux_scale: router_aux_loss_coef or a flag
-  double aux_scale = 1;       // 1 / micro-batches of the step
+  double loss_scale = 1;  // 1 / unmasked labels of the whole optimizer step
+  double aux_coef = 0;    // times aux_scale: router_aux_loss_coef or a flag
+  double aux_scale = 1;   // 1 / micro-batches of the step
   Recompute recompute = Recompute::kNone;
 };
 struct TrainLosses {

@@ -31,8 +31,7 @@ bool has_kernel(DeviceKind device) {
 template <class Op>
 void dispatch(const Op& op, DeviceKind device, const char* name) {
   const auto function = KernelTable<Op>::by_device[static_cast<int>(device)];
-  check(function != nullptr, ErrorKind::kDevice, "{}: no kernel for device {} in this build", name,
-        name_of(device));
+  check(function != nullptr, ErrorKind::kDevice, "{}: no kernel for device {} in this build", name, name_of(device));
   function(op);
 }
 

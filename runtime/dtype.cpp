@@ -58,8 +58,7 @@ f16::operator float() const {
 }
 
 void unsupported_dtype(std::string_view op, DType dtype) {
-  fail(ErrorKind::kInternal, "{}: dtype {} is not supported (f32, bf16, f64 are)", op,
-       name_of(dtype));
+  fail(ErrorKind::kInternal, "{}: dtype {} is not supported (f32, bf16, f64 are)", op, name_of(dtype));
 }
 
 namespace {
@@ -109,8 +108,7 @@ void convert(const void* from, DType from_type, void* to, DType to_type, size_t 
     const size_t b = static_cast<size_t>(begin), n = static_cast<size_t>(end - begin);
     if (from_type == to_type) {
       if (in != to)
-        std::memcpy(static_cast<char*>(to) + b * size_of(to_type), in + b * size_of(to_type),
-                    n * size_of(to_type));
+        std::memcpy(static_cast<char*>(to) + b * size_of(to_type), in + b * size_of(to_type), n * size_of(to_type));
       return;
     }
     switch (from_type) {

@@ -119,8 +119,7 @@ std::string_view name_of(DeviceKind device) {
   return names[static_cast<int>(device)];
 }
 std::string_view name_of(MemoryCategory category) {
-  constexpr std::string_view names[] = {"weights",     "gradients", "optimizer",
-                                        "activations", "kv_cache",  "scratch"};
+  constexpr std::string_view names[] = {"weights", "gradients", "optimizer", "activations", "kv_cache", "scratch"};
   return names[static_cast<int>(category)];
 }
 
@@ -137,9 +136,7 @@ void trim_memory_cache() { large_blocks().trim(); }
 int64_t process_peak_rss_bytes() { return status_kib("VmHWM:") * 1024; }
 int64_t process_rss_bytes() { return status_kib("VmRSS:") * 1024; }
 
-MemoryScope::MemoryScope(MemoryCategory category) : previous_(current_category) {
-  current_category = category;
-}
+MemoryScope::MemoryScope(MemoryCategory category) : previous_(current_category) { current_category = category; }
 MemoryScope::~MemoryScope() { current_category = previous_; }
 MemoryCategory MemoryScope::current() { return current_category; }
 
@@ -152,9 +149,8 @@ std::shared_ptr<Buffer> Buffer::allocate(size_t bytes, DeviceKind device, Memory
   } else if (rounded > 0) {
     data = std::aligned_alloc(64, rounded);
   }
-  check(data != nullptr || bytes == 0, ErrorKind::kMemory,
-        "out of host memory: {} bytes asked for {}, {} bytes live", bytes, name_of(category),
-        total_account.live.load());
+  check(data != nullptr || bytes == 0, ErrorKind::kMemory, "out of host memory: {} bytes asked for {}, {} bytes live",
+        bytes, name_of(category), total_account.live.load());
   std::shared_ptr<Buffer> buffer(new Buffer);
   buffer->data_ = data;
   buffer->bytes_ = bytes;

@@ -16,14 +16,7 @@ enum class DeviceKind : uint8_t { kCpu, kSim, kCuda };
 inline constexpr int kNumDeviceKinds = 3;
 std::string_view name_of(DeviceKind device);  // "cpu", "sim", "cuda"
 
-enum class MemoryCategory : uint8_t {
-  kWeights,
-  kGradients,
-  kOptimizer,
-  kActivations,
-  kKvCache,
-  kScratch
-};
+enum class MemoryCategory : uint8_t { kWeights, kGradients, kOptimizer, kActivations, kKvCache, kScratch };
 inline constexpr int kNumMemoryCategories = 6;
 std::string_view name_of(MemoryCategory category);
 

@@ -20,8 +20,7 @@ template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, F&& f) {
   const int64_t count = end - begin;
   if (count <= 0) return;
-  const int64_t pieces =
-      std::min<int64_t>(omp_in_parallel() ? 1 : num_threads(), (count + grain - 1) / grain);
+  const int64_t pieces = std::min<int64_t>(omp_in_parallel() ? 1 : num_threads(), (count + grain - 1) / grain);
   if (pieces <= 1) {
     f(begin, end);
     return;

@@ -29,7 +29,7 @@ class Philox {
   }
   double uniform() { return static_cast<double>(next_u64() >> 11) * 0x1p-53; }  // [0, 1)
   uint64_t below(uint64_t n);                                                   // unbiased, [0, n)
-  double normal();  // Box-Muller, uses two uniforms a value
+  double normal();                                                              // Box-Muller, uses two uniforms a value
 
   // Position: number of 32-bit values drawn. seek restores it exactly.
   uint64_t position() const { return index_ * 4 - static_cast<uint64_t>(4 - used_); }

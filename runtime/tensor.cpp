@@ -6,8 +6,7 @@ namespace lightmoe {
 
 Shape::Shape(std::initializer_list<int64_t> dims) : Shape(std::vector<int64_t>(dims)) {}
 Shape::Shape(const std::vector<int64_t>& dims) {
-  require(static_cast<int>(dims.size()) <= kMaxRank, "Shape: rank {} is over {}", dims.size(),
-          kMaxRank);
+  require(static_cast<int>(dims.size()) <= kMaxRank, "Shape: rank {} is over {}", dims.size(), kMaxRank);
   for (const int64_t dim : dims) {
     require(dim >= 0, "Shape: negative dimension {}", dim);
     dims_[static_cast<size_t>(rank_++)] = dim;
@@ -19,13 +18,11 @@ int64_t Shape::numel() const {
   return n;
 }
 bool Shape::operator==(const Shape& other) const {
-  return rank_ == other.rank_ &&
-         std::equal(dims_.begin(), dims_.begin() + rank_, other.dims_.begin());
+  return rank_ == other.rank_ && std::equal(dims_.begin(), dims_.begin() + rank_, other.dims_.begin());
 }
 std::string Shape::str() const {
   std::string text = "[";
-  for (int i = 0; i < rank_; ++i)
-    text += fmt::format("{}{}", i ? ", " : "", dims_[static_cast<size_t>(i)]);
+  for (int i = 0; i < rank_; ++i) text += fmt::format("{}{}", i ? ", " : "", dims_[static_cast<size_t>(i)]);
   return text + "]";
 }
 
@@ -61,8 +58,7 @@ Tensor Tensor::reshape(const Shape& shape) const {
   return t;
 }
 Tensor Tensor::slice(int64_t begin, int64_t end) const {
-  require(rank() > 0 && 0 <= begin && begin <= end && end <= dim(0), "slice: [{}, {}) of {}", begin,
-          end, shape_.str());
+  require(rank() > 0 && 0 <= begin && begin <= end && end <= dim(0), "slice: [{}, {}) of {}", begin, end, shape_.str());
   std::vector<int64_t> dims;
   for (int i = 0; i < rank(); ++i) dims.push_back(i == 0 ? end - begin : dim(i));
   const int64_t row_bytes = dim(0) == 0 ? 0 : bytes() / dim(0);
@@ -90,8 +86,7 @@ Tensor Tensor::to(DType dtype) const {
 }
 void Tensor::copy_from(const Tensor& source) const {
   require(source.shape_ == shape_, "copy_from: {} into {}", source.shape_.str(), shape_.str());
-  require(device_ != DeviceKind::kCuda && source.device_ != DeviceKind::kCuda,
-          "copy_from: host memory only");
+  require(device_ != DeviceKind::kCuda && source.device_ != DeviceKind::kCuda, "copy_from: host memory only");
   if (numel() == 0) return;
   if (dtype_ == source.dtype_) {
     std::memcpy(data_, source.data_, static_cast<size_t>(bytes()));
@@ -103,11 +98,10 @@ void Tensor::fill_zero() const {
   if (numel() > 0) std::memset(data_, 0, static_cast<size_t>(bytes()));
 }
 
-void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape,
-                    DType dtype) {
+void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape, DType dtype) {
   require(t.defined(), "{}: {} is missing, expected {} {}", op, name, shape.str(), name_of(dtype));
-  require(t.shape() == shape && t.dtype() == dtype, "{}: {} is {} {}, expected {} {}", op, name,
-          t.shape().str(), name_of(t.dtype()), shape.str(), name_of(dtype));
+  require(t.shape() == shape && t.dtype() == dtype, "{}: {} is {} {}, expected {} {}", op, name, t.shape().str(),
+          name_of(t.dtype()), shape.str(), name_of(dtype));
 }
 
 }  // namespace lightmoe

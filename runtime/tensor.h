@@ -40,8 +40,7 @@ class Tensor {
   static Tensor empty(const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
   static Tensor zeros(const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
   // Memory owned by somebody else, who must outlive the handle.
-  static Tensor borrow(void* data, const Shape& shape, DType dtype,
-                       DeviceKind device = DeviceKind::kCpu);
+  static Tensor borrow(void* data, const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
   template <class T>
   static Tensor from(const std::vector<T>& values, const Shape& shape);
 
@@ -67,8 +66,8 @@ class Tensor {
   Tensor slice(int64_t begin, int64_t end) const;  // along dimension 0
   Tensor row(int64_t i) const;                     // slice without dimension 0
   Tensor clone() const;                            // own memory, current MemoryScope
-  Tensor to(DType dtype) const;                // converted copy (floating types); clone if equal
-  void copy_from(const Tensor& source) const;  // same shape; converts floating dtypes
+  Tensor to(DType dtype) const;                    // converted copy (floating types); clone if equal
+  void copy_from(const Tensor& source) const;      // same shape; converts floating dtypes
   void fill_zero() const;
   bool shares_buffer_with(const Tensor& other) const { return buffer_ && buffer_ == other.buffer_; }
   void reset() { *this = Tensor(); }
@@ -84,15 +83,14 @@ class Tensor {
 
 template <class T>
 Tensor Tensor::from(const std::vector<T>& values, const Shape& shape) {
-  require(static_cast<int64_t>(values.size()) == shape.numel(), "Tensor::from: {} values for {}",
-          values.size(), shape.str());
+  require(static_cast<int64_t>(values.size()) == shape.numel(), "Tensor::from: {} values for {}", values.size(),
+          shape.str());
   Tensor t = empty(shape, dtype_of<T>);
   if (!values.empty()) std::copy(values.begin(), values.end(), t.data<T>());
   return t;
 }
 
 // Door check of an op: throws Error(kInternal) "op: name is [..] f32, expected [..] bf16".
-void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape,
-                    DType dtype);
+void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape, DType dtype);
 
 }  // namespace lightmoe

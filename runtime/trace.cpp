@@ -22,10 +22,7 @@ std::mutex mutex;
 std::vector<Event> events;
 std::chrono::steady_clock::time_point origin;
 
-double now_us() {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - origin)
-      .count();
-}
+double now_us() { return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - origin).count(); }
 
 }  // namespace
 
@@ -42,8 +39,8 @@ void TraceRange::begin(TraceLevel level, const char* name, int64_t payload, int 
   const std::lock_guard<std::mutex> lock(mutex);
   index_ = events.size();
   active_ = true;
-  events.push_back({level, layer >= 0 ? fmt::format("L{:02}.{}", layer, name) : std::string(name),
-                    payload, now_us(), -1});
+  events.push_back(
+      {level, layer >= 0 ? fmt::format("L{:02}.{}", layer, name) : std::string(name), payload, now_us(), -1});
 }
 void TraceRange::end() {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -63,8 +60,7 @@ void trace_write(const std::string& path) {
     text += fmt::format(
         "{}\n{{\"name\":\"{}\",\"cat\":\"{}\",\"ph\":\"X\",\"ts\":{:.3f},\"dur\":{:.3f},\"pid\":1,"
         "\"tid\":1",
-        first ? "" : ",", e.name, kLevels[static_cast<int>(e.level)], e.begin_us,
-        e.end_us - e.begin_us);
+        first ? "" : ",", e.name, kLevels[static_cast<int>(e.level)], e.begin_us, e.end_us - e.begin_us);
     text += e.payload >= 0 ? fmt::format(",\"args\":{{\"payload\":{}}}}}", e.payload) : "}";
     first = false;
   }

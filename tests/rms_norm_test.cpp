@@ -15,8 +15,7 @@ constexpr double kEps = 1e-5;
 // The equation in double, one row at a time.
 struct Oracle {
   std::vector<double> y, rstd, dx, dw;
-  double largest_term =
-      0;  // of the two that dx subtracts: their rounding errors survive the cancellation
+  double largest_term = 0;  // of the two that dx subtracts: their rounding errors survive the cancellation
   Oracle(const Tensor& x, const Tensor& w, const Tensor& dy) {
     const std::vector<double> xs = to_doubles(x), ws = to_doubles(w), dys = to_doubles(dy);
     const size_t rows = static_cast<size_t>(x.dim(0)), n = static_cast<size_t>(x.dim(1));
@@ -32,8 +31,7 @@ struct Oracle {
       }
       for (size_t i = 0; i < n; ++i) {
         largest_term = std::max(largest_term, std::abs(r * dys[t * n + i] * ws[i]));
-        dx[t * n + i] =
-            r * (dys[t * n + i] * ws[i] - xs[t * n + i] * r * r * dot / static_cast<double>(n));
+        dx[t * n + i] = r * (dys[t * n + i] * ws[i] - xs[t * n + i] * r * r * dot / static_cast<double>(n));
       }
     }
   }
@@ -42,25 +40,20 @@ struct Oracle {
 void check_case(const cases::RmsNormCase& c, DType dtype) {
   SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.rows << " x " << c.width);
   const DType accumulator = dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-  const Tensor x = random_tensor({c.rows, c.width}, dtype, 1),
-               w = random_tensor({c.width}, dtype, 2);
+  const Tensor x = random_tensor({c.rows, c.width}, dtype, 1), w = random_tensor({c.width}, dtype, 2);
   const Tensor dy = random_tensor({c.rows, c.width}, dtype, 3);
   const Oracle oracle(x, w, dy);
-  const Guarded y({c.rows, c.width}, dtype), rstd({c.rows}, accumulator),
-      dx({c.rows, c.width}, dtype);
+  const Guarded y({c.rows, c.width}, dtype), rstd({c.rows}, accumulator), dx({c.rows, c.width}, dtype);
   const Tensor dw = Tensor::zeros({c.width}, accumulator);
   run(RmsNorm{.x = x, .w = w, .eps = kEps, .y = y.tensor(), .rstd = rstd.tensor()});
   // Three roundings a value (product, normalisation rounded to dtype, weight) beside the sum's own
   // error.
-  const double tolerance =
-      testing::sum_tolerance(dtype, c.width) + 3 * testing::unit_roundoff(dtype);
+  const double tolerance = testing::sum_tolerance(dtype, c.width) + 3 * testing::unit_roundoff(dtype);
   EXPECT_TRUE(testing::close(y.tensor(), oracle.y, tolerance));
   EXPECT_TRUE(testing::close(rstd.tensor(), oracle.rstd, tolerance));
-  run(RmsNormBackward{
-      .x = x, .w = w, .rstd = rstd.tensor(), .dy = dy, .dx = dx.tensor(), .dw = dw});
+  run(RmsNormBackward{.x = x, .w = w, .rstd = rstd.tensor(), .dy = dy, .dx = dx.tensor(), .dw = dw});
   EXPECT_TRUE(testing::close(dx.tensor(), oracle.dx, 0, 4 * tolerance * oracle.largest_term));
-  EXPECT_TRUE(
-      testing::close(dw, oracle.dw, testing::sum_tolerance(accumulator, c.rows) + 4 * 0x1p-24));
+  EXPECT_TRUE(testing::close(dw, oracle.dw, testing::sum_tolerance(accumulator, c.rows) + 4 * 0x1p-24));
 }
 
 TEST(RmsNorm, MatchesTheEquation) {
@@ -94,8 +87,7 @@ TEST(RmsNorm, WorksInPlaceAndAccumulatesTheWeightGradient) {
   run(RmsNorm{.x = in_place, .w = w, .y = in_place});
   EXPECT_TRUE(testing::bits_equal(in_place, y));
 
-  const Tensor dy = random_tensor({9, 40}, DType::kF32, 9),
-               dx = Tensor::empty({9, 40}, DType::kF32);
+  const Tensor dy = random_tensor({9, 40}, DType::kF32, 9), dx = Tensor::empty({9, 40}, DType::kF32);
   const Tensor once = Tensor::zeros({40}, DType::kF32), twice = Tensor::zeros({40}, DType::kF32);
   run(RmsNormBackward{.x = x, .w = w, .rstd = rstd, .dy = dy, .dx = dx, .dw = once});
   for (int i = 0; i < 2; ++i) {

@@ -89,15 +89,13 @@ TEST(Parallel, CoversTheRangeOnceAndRethrows) {
     parallel_items(n, [&](int64_t i) { ++seen[static_cast<size_t>(i)]; });
     for (const int s : seen) EXPECT_EQ(s, 2);
   }
-  EXPECT_THROW(parallel_for(0, 100, 1, [](int64_t, int64_t) { fail(ErrorKind::kInternal, "x"); }),
-               Error);
+  EXPECT_THROW(parallel_for(0, 100, 1, [](int64_t, int64_t) { fail(ErrorKind::kInternal, "x"); }), Error);
 }
 
 // Known answers of the reference implementation (Random123 kat_vectors, philox4x32 10 rounds).
 TEST(Philox, KnownAnswers) {
   EXPECT_EQ(philox(0, 0, 0), (PhiloxBlock{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}));
-  EXPECT_EQ(philox(~0ull, ~0ull, ~0ull),
-            (PhiloxBlock{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
+  EXPECT_EQ(philox(~0ull, ~0ull, ~0ull), (PhiloxBlock{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
   EXPECT_EQ(philox(0x299f31d0a4093822ull, 0x0370734413198a2eull, 0x85a308d3243f6a88ull),
             (PhiloxBlock{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}));
 }

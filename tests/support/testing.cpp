@@ -49,19 +49,18 @@ Guarded::~Guarded() {
   const unsigned char* end = start + tensor_.bytes();
   for (const unsigned char* p = memory_.data(); p < memory_.data() + memory_.size(); ++p) {
     if ((p < start || p >= end) && *p != kCanary) {
-      ADD_FAILURE() << "a kernel wrote " << (p < start ? p - start : p - end)
-                    << " bytes outside its output " << tensor_.shape().str();
+      ADD_FAILURE() << "a kernel wrote " << (p < start ? p - start : p - end) << " bytes outside its output "
+                    << tensor_.shape().str();
       return;
     }
   }
 }
 
-::testing::AssertionResult close(const Tensor& actual, const std::vector<double>& expected,
-                                 double relative, double absolute) {
+::testing::AssertionResult close(const Tensor& actual, const std::vector<double>& expected, double relative,
+                                 double absolute) {
   const std::vector<double> values = to_doubles(actual);
   if (values.size() != expected.size()) {
-    return ::testing::AssertionFailure()
-           << values.size() << " elements, expected " << expected.size();
+    return ::testing::AssertionFailure() << values.size() << " elements, expected " << expected.size();
   }
   double largest = 0;
   for (const double e : expected) {
@@ -76,11 +75,9 @@ Guarded::~Guarded() {
     if (std::isnan(error)) error = std::numeric_limits<double>::infinity();
     if (error > worst) worst = error, where = i;
   }
-  if (worst <= bound)
-    return ::testing::AssertionSuccess() << "worst error " << worst << " of bound " << bound;
-  return ::testing::AssertionFailure()
-         << "element " << where << " is " << values[where] << ", expected " << expected[where]
-         << ", error " << worst << " over the bound " << bound;
+  if (worst <= bound) return ::testing::AssertionSuccess() << "worst error " << worst << " of bound " << bound;
+  return ::testing::AssertionFailure() << "element " << where << " is " << values[where] << ", expected "
+                                       << expected[where] << ", error " << worst << " over the bound " << bound;
 }
 
 ::testing::AssertionResult bits_equal(const Tensor& a, const Tensor& b) {
@@ -93,8 +90,7 @@ Guarded::~Guarded() {
   const std::vector<double> x = to_doubles(a), y = to_doubles(b);
   for (size_t i = 0; i < x.size(); ++i) {
     if (x[i] != y[i]) {
-      return ::testing::AssertionFailure()
-             << "element " << i << ": " << x[i] << " against " << y[i];
+      return ::testing::AssertionFailure() << "element " << i << ": " << x[i] << " against " << y[i];
     }
   }
   return ::testing::AssertionFailure() << "equal values, different bits";
@@ -115,12 +111,11 @@ double unit_roundoff(DType dtype) {
 
 double sum_tolerance(DType dtype, int64_t terms) {
   const double compute = dtype == DType::kF64 ? 0x1p-53 : 0x1p-24;
-  return 8 * compute * std::sqrt(static_cast<double>(terms) + 1) +
-         (dtype == DType::kBF16 ? 0x1p-8 : 0);
+  return 8 * compute * std::sqrt(static_cast<double>(terms) + 1) + (dtype == DType::kBF16 ? 0x1p-8 : 0);
 }
 
-::testing::AssertionResult gradient_matches(const std::function<double()>& f, const Tensor& x,
-                                            const Tensor& analytic, double tolerance) {
+::testing::AssertionResult gradient_matches(const std::function<double()>& f, const Tensor& x, const Tensor& analytic,
+                                            double tolerance) {
   double* values = x.data<double>();
   const double* gradient = analytic.data<double>();
   double largest = 0;
@@ -134,8 +129,8 @@ double sum_tolerance(DType dtype, int64_t terms) {
     values[i] = saved;
     const double numeric = (above - below) / (2 * h);
     if (!(std::abs(numeric - gradient[i]) <= tolerance * std::max(1.0, largest))) {
-      return ::testing::AssertionFailure() << "element " << i << ": analytic " << gradient[i]
-                                           << ", central difference " << numeric;
+      return ::testing::AssertionFailure()
+             << "element " << i << ": analytic " << gradient[i] << ", central difference " << numeric;
     }
   }
   return ::testing::AssertionSuccess();

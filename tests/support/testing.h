@@ -34,8 +34,8 @@ class Guarded {
 
 // |actual - expected| <= absolute + relative * max|expected|, no NaN where expected has none;
 // reports the worst element.
-::testing::AssertionResult close(const Tensor& actual, const std::vector<double>& expected,
-                                 double relative, double absolute = 0);
+::testing::AssertionResult close(const Tensor& actual, const std::vector<double>& expected, double relative,
+                                 double absolute = 0);
 ::testing::AssertionResult bits_equal(const Tensor& a, const Tensor& b);
 
 // Unit round-off of the type an op rounds its result to: 2^-24, 2^-8, 2^-53.
@@ -46,7 +46,7 @@ double unit_roundoff(DType dtype);
 double sum_tolerance(DType dtype, int64_t terms);
 
 // Central differences of scalar f in every element of x (f64) against the analytic gradient.
-::testing::AssertionResult gradient_matches(const std::function<double()>& f, const Tensor& x,
-                                            const Tensor& analytic, double tolerance = 1e-6);
+::testing::AssertionResult gradient_matches(const std::function<double()>& f, const Tensor& x, const Tensor& analytic,
+                                            double tolerance = 1e-6);
 
 }  // namespace lightmoe::testing
