@@ -95,6 +95,19 @@ const std::vector<GemmBackend>& gemm_backends();
 // listing the names. "auto" restores the choice by cost. Products it does not support fall to the
 // cheapest other backend and are named once in gemm_picks().
 void force_gemm_backend(std::string_view name);
+std::string_view forced_gemm_backend();  // "auto" or the name
+// Forces a backend while it lives (evaluation runs on `native`, whose rows do not depend on their neighbours).
+class GemmBackendScope {
+ public:
+  explicit GemmBackendScope(std::string_view name) : previous_(forced_gemm_backend()) { force_gemm_backend(name); }
+  ~GemmBackendScope() { force_gemm_backend(previous_); }
+  GemmBackendScope(const GemmBackendScope&) = delete;
+  GemmBackendScope& operator=(const GemmBackendScope&) = delete;
+
+ private:
+  std::string previous_;
+};
+
 const GemmBackend& pick_gemm(const GemmDesc& desc);
 // One line per distinct shape picked so far: "grouped_m nt f32xbf16->f32 m=4096 n=2048 k=1024 g=64: native".
 std::vector<std::string> gemm_picks();
