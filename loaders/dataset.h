@@ -53,6 +53,7 @@ struct TokenRows {
   std::vector<int32_t> positions;  // [B*S]
   std::vector<int32_t>
       doc_begin;  // flat start of each document in [0, B*S], ending with B*S; padding is a document of its own
+  std::vector<uint8_t> mask;  // [B*S], 0 = padding
   int64_t num_labels = 0;
 };
 
