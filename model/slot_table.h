@@ -1,0 +1,43 @@
+#pragma once
+// The shape of compressed MoE layers as text and as tensor names: what the "lightmoe" object of config.json says, so that a
+// reader can check every tensor before it allocates one. Used by load_model, save_model and the streaming compressor.
+//   {"format": 1, "method": {..}, "layers": [{"experts": 29, "zero_experts": [], "adapters": [16, ..],
+//     "slots": {"expert": [0, 1, ..], "adapter": [0, 1, ..]}}, ..]}
+//   experts       entries of the bank; those in zero_experts stand for W = 0 and have no tensors (Replace without shared base)
+//   adapters      rank of each adapter;  slots.expert / slots.adapter: bank and adapter index per slot, -1 = none
+//   slots.kind    only when a slot is not of kind expert: "expert", "constant", "latent", "removed"
+// Every index is checked; an adapter belongs to at most one slot.
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "loaders/json.h"
+#include "model/config.h"
+#include "model/moe.h"
+
+namespace lightmoe {
+
+struct LayerShape {
+  std::vector<Slot> slots;           // E
+  std::vector<uint8_t> zero_expert;  // one per bank entry: 1 = W = 0, nothing stored
+  std::vector<int64_t> adapter_rank; // one per adapter
+};
+
+// The stock layer: slot i owns expert i.
+LayerShape plain_layer_shape(int64_t num_slots);
+LayerShape shape_of(const MoeLayer& layer);
+// Bank entries, adapters and slots are numbered as in the shape; `method` (may be null) is kept as it is.
+Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& method);
+// Error(kInput) starting with `name`, with layer, key, value and legal range.
+std::vector<LayerShape> slot_tables_from_json(const Json& object, const OlmoeConfig& config, const std::string& name);
+
+enum class ExpertMatrix : uint8_t { kGate, kUp, kDown };
+inline constexpr ExpertMatrix kExpertMatrices[] = {ExpertMatrix::kGate, ExpertMatrix::kUp, ExpertMatrix::kDown};
+// model.layers.L.mlp.experts.J.gate_proj.weight (stock), model.layers.L.mlp.bank.J.gate_proj.weight (compressed),
+// model.layers.L.mlp.adapters.J.gate_a, .gate_b
+std::string expert_tensor_name(int64_t layer, int64_t expert, ExpertMatrix matrix);
+std::string bank_tensor_name(int64_t layer, int64_t entry, ExpertMatrix matrix);
+std::string adapter_tensor_name(int64_t layer, int64_t adapter, ExpertMatrix matrix, bool b);
+
+}  // namespace lightmoe

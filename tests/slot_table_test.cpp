@@ -1,0 +1,83 @@
+#include "model/slot_table.h"
+
+#include <gtest/gtest.h>
+
+namespace lightmoe {
+namespace {
+
+OlmoeConfig small_config() {
+  OlmoeConfig config;
+  config.num_layers = 2;
+  config.num_experts = 4;
+  return config;
+}
+
+// Layer 0 plain; layer 1: slots 1 and 3 share a base with an adapter each, slot 2 is a zero base with an adapter.
+std::vector<LayerShape> two_layers() {
+  LayerShape shared;
+  shared.slots = {Slot{.expert = 0}, Slot{.expert = 1, .adapter = 0}, Slot{.expert = 2, .adapter = 2},
+                  Slot{.expert = 1, .adapter = 1}};
+  shared.zero_expert = {0, 0, 1};
+  shared.adapter_rank = {16, 16, 2};
+  return {plain_layer_shape(4), shared};
+}
+
+void expect_equal(const LayerShape& a, const LayerShape& b) {
+  ASSERT_EQ(a.slots.size(), b.slots.size());
+  for (size_t i = 0; i < a.slots.size(); ++i) {
+    EXPECT_EQ(a.slots[i].kind, b.slots[i].kind);
+    EXPECT_EQ(a.slots[i].expert, b.slots[i].expert);
+    EXPECT_EQ(a.slots[i].adapter, b.slots[i].adapter);
+  }
+  EXPECT_EQ(a.zero_expert, b.zero_expert);
+  EXPECT_EQ(a.adapter_rank, b.adapter_rank);
+}
+
+TEST(SlotTable, SurvivesTheRoundTrip) {
+  std::vector<LayerShape> layers = two_layers();
+  for (const SlotKind kind : {SlotKind::kExpert, SlotKind::kRemoved}) {
+    layers[0].slots[1].kind = kind;
+    const Json written = slot_tables_to_json(layers, {{"name", "lightmoe"}});
+    const std::vector<LayerShape> read = slot_tables_from_json(Json::parse(written.dump()), small_config(), "config.json");
+    ASSERT_EQ(read.size(), 2u);
+    expect_equal(read[0], layers[0]);
+    expect_equal(read[1], layers[1]);
+    EXPECT_EQ(written["method"]["name"], "lightmoe");
+  }
+}
+
+TEST(SlotTable, RefusesWhatDoesNotFit) {
+  const Json good = slot_tables_to_json(two_layers(), nullptr);
+  EXPECT_NO_THROW(slot_tables_from_json(good, small_config(), "c"));
+  const auto refused = [&](const char* pointer, const Json& value, const char* message) {
+    Json bad = good;
+    bad[Json::json_pointer(pointer)] = value;
+    try {
+      slot_tables_from_json(bad, small_config(), "c");
+      ADD_FAILURE() << pointer << " = " << value << " was accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kInput);
+      EXPECT_NE(std::string(error.what()).find(message), std::string::npos) << error.what();
+    }
+  };
+  refused("/format", 2, "format is 2");
+  refused("/layers", Json::array(), "has 0 entries, expected 2");
+  refused("/layers/1/experts", 5, "expected 0 to 4");
+  refused("/layers/1/experts", "3", "expected an integer");
+  refused("/layers/1/zero_experts/0", 3, "expected 0 to 2");
+  refused("/layers/1/adapters/0", 0, "expected 1 to");
+  refused("/layers/1/slots/expert/0", 3, "expected -1 to 2");
+  refused("/layers/1/slots/expert/0", -1, "slot 0 points to no expert");
+  refused("/layers/1/slots/adapter/3", 0, "adapter 0 belongs to two slots");
+  refused("/layers/1/slots/adapter", Json::array({1}), "slots.adapter 1 entries, expected 4");
+  refused("/layers/1/slots", 7, "is missing");
+}
+
+TEST(SlotTable, NamesTensors) {
+  EXPECT_EQ(expert_tensor_name(3, 5, ExpertMatrix::kGate), "model.layers.3.mlp.experts.5.gate_proj.weight");
+  EXPECT_EQ(bank_tensor_name(0, 11, ExpertMatrix::kDown), "model.layers.0.mlp.bank.11.down_proj.weight");
+  EXPECT_EQ(adapter_tensor_name(1, 2, ExpertMatrix::kUp, true), "model.layers.1.mlp.adapters.2.up_b");
+}
+
+}  // namespace
+}  // namespace lightmoe
