@@ -17,6 +17,9 @@ inline void store(T* p, int64_t i, compute_t<T> value) {
   p[i] = static_cast<T>(value);
 }
 
+// The type sums, statistics and gates are kept in: f64 beside f64, else f32.
+inline DType accumulator_of(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
+
 // Calls f.template operator()<W>() for a weight that has the activation's type T or is f32 or bf16.
 template <class T, class F>
 void visit_weight(const char* op, DType dtype, F&& f) {

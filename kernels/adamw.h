@@ -3,7 +3,7 @@
 // tensors in one call:  g = grad_scale * grad;  w *= 1 - lr wd;  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;
 //   w -= lr * (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps),   step counts from 1.
 // dtypes: w f32/bf16/f64, grad of w's type or f32, m and v f32 (f64 for f64). In place. Deterministic. 28 bytes a parameter in f32.
-// GradientNorm: sum of squares of all gradients in f64, in a fixed order; norm = sqrt.
+// gradient_norm: sqrt of the sum of squares of all gradients, in f64 and in a fixed order; undefined tensors are skipped.
 
 #include <vector>
 

@@ -8,7 +8,7 @@
 // shapes: a, da [P,F]; s, ds [V,F]; gates, dgates [T,K] (flat index pair_index i32 [P]); pair_visit i32 [P] with values in [0,V);
 //   index i32 [T,J], scales [T,J] or undefined. Pairs of one visit need not be adjacent.
 // dtypes: rows f32/bf16/f64; gates, scales f32 (f64); sums in f32 (f64). dgates '+=' when accumulate_dgates, else '='; entries of
-//   dgates that no pair names are not touched. Deterministic.
+//   dgates that no pair names are not touched; pair_index names an entry at most once. da, dgates may be undefined. Deterministic.
 
 #include "runtime/dispatch.h"
 #include "runtime/tensor.h"

@@ -2,7 +2,7 @@
 // From the router's choice to row lists for grouped products, by counting sort (stable: ties in order of token, then k).
 // A PAIR is one (token t, k) with its slot; a VISIT is one distinct (token, group), where group = group_of_slot[slot] is what the
 // slot points to (a stored expert). Several slots of a token that share a group make one visit: "a stored expert runs once per token".
-//   pairs sorted by (group, slot, t, k):  pair_token [P], pair_index [P] (= t*K + k), slot_offsets [E+1] in slot_order below,
+//   pairs sorted by (group, slot, t, k):  pair_token [P], pair_index [P] (= t*K + k), slot_offsets [slot_order.size()+1],
 //   pair_visit [P], visits sorted by (group, t): visit_token [V], group_offsets [G+1], pair_group_offsets [G+1].
 //   token_visit [T,K]: the visits of token t, each once, -1 for the rest;  index_pair [T,K]: pair of (t,k), -1 if dropped.
 // A slot with group_of_slot = -1 has no expert (constant, removed): its pairs are dropped, index_pair = -1.

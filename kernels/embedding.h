@@ -1,7 +1,7 @@
 #pragma once
 // y[t,:] = table[ids[t],:];  backward: dtable[ids[t],:] += dy[t,:], duplicates summed in order of t.
 // shapes: ids i32 [T], table [V,D], y, dy [T,D], dtable [V,D].   Hugging Face nn.Embedding.
-// dtypes: table f32/bf16/f64, y the same or f32 from a bf16 table; dtable of dy's type.  ids in [0,V): checked, Error(kInput).
+// dtypes: table f32/bf16/f64, y the same or f32 from a bf16 table; dtable of dy's type or f32.  ids in [0,V): checked, Error(kInput).
 // writes: y with '=', dtable with '+='.  Deterministic.
 
 #include "runtime/dispatch.h"

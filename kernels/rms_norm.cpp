@@ -80,8 +80,6 @@ void backward_cpu(const RmsNormBackward& op) {
 const RegisterKernel<RmsNorm> register_forward{DeviceKind::kCpu, &forward_cpu};
 const RegisterKernel<RmsNormBackward> register_backward{DeviceKind::kCpu, &backward_cpu};
 
-DType accumulator_of(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
-
 }  // namespace
 
 void run(const RmsNorm& op) {

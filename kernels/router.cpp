@@ -1,0 +1,211 @@
+#include "kernels/router.h"
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/access.h"
+#include "kernels/cpu_math.h"
+#include "runtime/parallel.h"
+
+namespace lightmoe {
+namespace {
+
+constexpr int64_t kRowGrain = 8;
+
+template <class T, class W> compute_t<T> dot(const T* x, const W* w, int64_t n) {
+  compute_t<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += load(x, i) * static_cast<compute_t<T>>(load(w, i));
+  return sum;
+}
+
+template <class C> void softmax_kept(const C* logits, const uint8_t* removed, int64_t count, C* probs) {
+  C largest = -std::numeric_limits<C>::infinity(), sum = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    if (removed == nullptr || !removed[e]) largest = std::max(largest, logits[e]);
+  }
+  for (int64_t e = 0; e < count; ++e) {
+    probs[e] = exp_of(logits[e] - largest);
+    if (removed != nullptr && removed[e]) probs[e] = 0;
+    sum += probs[e];
+  }
+  for (int64_t e = 0; e < count; ++e) probs[e] /= sum;
+}
+
+// Strictly greater wins, so ties go to the lower slot. With NaN every comparison is false and the result is still K different slots.
+template <class C>
+void choose(const C* probs, const uint8_t* removed, int64_t count, int64_t top_k, int32_t* slots, C* gates) {
+  for (int64_t k = 0; k < top_k; ++k) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < count; ++e) {
+      if (removed != nullptr && removed[e]) continue;
+      if (best >= 0 && !(probs[e] > probs[best])) continue;
+      if (std::find(slots, slots + k, static_cast<int32_t>(e)) == slots + k) best = e;
+    }
+    slots[k] = static_cast<int32_t>(best);
+    gates[k] = probs[best];
+  }
+}
+
+template <class T, class W> void forward(const Router& op) {
+  using C = compute_t<T>;
+  const int64_t width = op.x.dim(1), count = op.w.dim(0), top_k = op.top_k;
+  const T* x = op.x.data<T>();
+  const W* w = op.w.data<W>();
+  const uint8_t* removed = op.removed.defined() ? op.removed.data<uint8_t>() : nullptr;
+  C *logits = op.logits.data<C>(), *probs = op.probs.data<C>(), *gates = op.gates.data<C>();
+  int32_t* slots = op.slots.data<int32_t>();
+  parallel_for(0, op.x.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t e = 0; e < count; ++e) logits[t * count + e] = dot(x + t * width, w + e * width, width);
+      softmax_kept(logits + t * count, removed, count, probs + t * count);
+      C* gate = gates + t * top_k;
+      choose(probs + t * count, removed, count, top_k, slots + t * top_k, gate);
+      if (!op.renormalize) continue;
+      C sum = 0;
+      for (int64_t k = 0; k < top_k; ++k) sum += gate[k];
+      for (int64_t k = 0; k < top_k; ++k) gate[k] /= sum;
+    }
+  });
+}
+
+// dp of one row: dprobs plus the gates' gradient scattered to the chosen slots.
+template <class C> void gather_dp(const RouterBackward& op, int64_t t, C* dp) {
+  const int64_t count = op.probs.dim(1), top_k = op.slots.dim(1);
+  for (int64_t e = 0; e < count; ++e) dp[e] = op.dprobs.defined() ? op.dprobs.data<C>()[t * count + e] : C(0);
+  if (!op.dgates.defined()) return;
+  const C* dgates = op.dgates.data<C>() + t * top_k;
+  const int32_t* slots = op.slots.data<int32_t>() + t * top_k;
+  const C* probs = op.probs.data<C>() + t * count;
+  C sum = 1, mean = 0;  // g = p / sum with sum = 1 and no mean to subtract when the gates are not renormalised
+  if (op.renormalize) {
+    sum = 0;
+    for (int64_t k = 0; k < top_k; ++k) sum += probs[slots[k]];
+    for (int64_t k = 0; k < top_k; ++k) mean += dgates[k] * probs[slots[k]] / sum;
+  }
+  for (int64_t k = 0; k < top_k; ++k) dp[slots[k]] += (dgates[k] - mean) / sum;
+}
+
+template <class C> void softmax_backward(const RouterBackward& op, C* dlogits) {
+  const int64_t count = op.probs.dim(1);
+  const C* probs = op.probs.data<C>();
+  parallel_for(0, op.probs.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      C* d = dlogits + t * count;
+      const C* p = probs + t * count;
+      gather_dp(op, t, d);
+      C mean = 0;
+      for (int64_t e = 0; e < count; ++e) mean += p[e] * d[e];
+      for (int64_t e = 0; e < count; ++e) d[e] = p[e] * (d[e] - mean);
+    }
+  });
+}
+
+template <class T, class W> void input_gradient(const RouterBackward& op, const compute_t<T>* dlogits) {
+  using C = compute_t<T>;
+  const int64_t width = op.dx.dim(1), count = op.w.dim(0);
+  const W* w = op.w.data<W>();
+  T* dx = op.dx.data<T>();
+  parallel_for(0, op.dx.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+    std::vector<C> sum(static_cast<size_t>(width));
+    for (int64_t t = begin; t < end; ++t) {
+      std::fill(sum.begin(), sum.end(), C(0));
+      for (int64_t e = 0; e < count; ++e) {
+        const C d = dlogits[t * count + e];
+        for (int64_t i = 0; i < width; ++i) sum[static_cast<size_t>(i)] += d * static_cast<C>(load(w, e * width + i));
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        const C before = op.accumulate_dx ? load(dx, t * width + i) : C(0);
+        store(dx, t * width + i, before + sum[static_cast<size_t>(i)]);
+      }
+    }
+  });
+}
+
+template <class T, class W> void weight_gradient(const RouterBackward& op, const compute_t<T>* dlogits) {
+  using C = compute_t<T>;
+  const int64_t rows = op.x.dim(0), width = op.x.dim(1), count = op.dw.dim(0);
+  const T* x = op.x.data<T>();
+  W* dw = op.dw.data<W>();
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<C> sum(static_cast<size_t>(width));
+    for (int64_t e = begin; e < end; ++e) {
+      std::fill(sum.begin(), sum.end(), C(0));
+      for (int64_t t = 0; t < rows; ++t) {
+        const C d = dlogits[t * count + e];
+        for (int64_t i = 0; i < width; ++i) sum[static_cast<size_t>(i)] += d * load(x, t * width + i);
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        const C before = static_cast<C>(load(dw, e * width + i));
+        store(dw, e * width + i, static_cast<compute_t<W>>(before + sum[static_cast<size_t>(i)]));
+      }
+    }
+  });
+}
+
+template <class T> void backward(const RouterBackward& op) {
+  using C = compute_t<T>;
+  const MemoryScope scope(MemoryCategory::kScratch);
+  const Tensor dlogits = Tensor::empty(op.probs.shape(), dtype_of<C>);
+  softmax_backward(op, dlogits.data<C>());
+  if (op.dw.defined()) {
+    visit_weight<T>("router_backward", op.dw.dtype(), [&]<class W>() { weight_gradient<T, W>(op, dlogits.data<C>()); });
+  }
+  if (op.dx.defined()) {
+    visit_weight<T>("router_backward", op.w.dtype(), [&]<class W>() { input_gradient<T, W>(op, dlogits.data<C>()); });
+  }
+}
+
+void forward_cpu(const Router& op) {
+  visit_floating("router", op.x.dtype(), [&]<class T>() {
+    visit_weight<T>("router", op.w.dtype(), [&]<class W>() { forward<T, W>(op); });
+  });
+}
+void backward_cpu(const RouterBackward& op) {
+  visit_floating("router_backward", op.x.dtype(), [&]<class T>() { backward<T>(op); });
+}
+const RegisterKernel<Router> register_forward{DeviceKind::kCpu, &forward_cpu};
+const RegisterKernel<RouterBackward> register_backward{DeviceKind::kCpu, &backward_cpu};
+
+}  // namespace
+
+void run(const Router& op) {
+  require(op.x.rank() == 2, "router: x is {}, expected [T, D]", op.x.shape().str());
+  require(op.w.rank() == 2, "router: w is {}, expected [E, D]", op.w.shape().str());
+  const int64_t rows = op.x.dim(0), count = op.w.dim(0);
+  const DType accumulator = accumulator_of(op.x.dtype());
+  require_tensor(op.w, "router", "w", {count, op.x.dim(1)}, op.w.dtype());
+  require_tensor(op.logits, "router", "logits", {rows, count}, accumulator);
+  require_tensor(op.probs, "router", "probs", {rows, count}, accumulator);
+  require_tensor(op.slots, "router", "slots", {rows, op.top_k}, DType::kI32);
+  require_tensor(op.gates, "router", "gates", {rows, op.top_k}, accumulator);
+  int64_t kept = count;
+  if (op.removed.defined()) {
+    require_tensor(op.removed, "router", "removed", {count}, DType::kU8);
+    if (op.removed.device() == DeviceKind::kCpu) {
+      kept = std::count(op.removed.data<uint8_t>(), op.removed.data<uint8_t>() + count, uint8_t{0});
+    }
+  }
+  require(op.top_k >= 1 && op.top_k <= kept, "router: top_k is {} with {} of {} slots kept", op.top_k, kept, count);
+  dispatch(op, op.x.device(), "router");
+}
+
+void run(const RouterBackward& op) {
+  require(op.x.rank() == 2 && op.w.rank() == 2, "router_backward: x is {}, w is {}, expected [T, D] and [E, D]",
+          op.x.shape().str(), op.w.shape().str());
+  const int64_t rows = op.x.dim(0), width = op.x.dim(1), count = op.w.dim(0);
+  const DType accumulator = accumulator_of(op.x.dtype());
+  require_tensor(op.w, "router_backward", "w", {count, width}, op.w.dtype());
+  require_tensor(op.probs, "router_backward", "probs", {rows, count}, accumulator);
+  if (op.dprobs.defined()) require_tensor(op.dprobs, "router_backward", "dprobs", {rows, count}, accumulator);
+  if (op.dgates.defined()) {
+    require(op.slots.rank() == 2, "router_backward: slots is {}, expected [T, K]", op.slots.shape().str());
+    require_tensor(op.slots, "router_backward", "slots", {rows, op.slots.dim(1)}, DType::kI32);
+    require_tensor(op.dgates, "router_backward", "dgates", op.slots.shape(), accumulator);
+  }
+  if (op.dx.defined()) require_tensor(op.dx, "router_backward", "dx", op.x.shape(), op.x.dtype());
+  if (op.dw.defined()) require_tensor(op.dw, "router_backward", "dw", op.w.shape(), op.dw.dtype());
+  dispatch(op, op.x.device(), "router_backward");
+}
+
+}  // namespace lightmoe
