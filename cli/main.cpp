@@ -10,6 +10,7 @@
 
 #include "cli/config_file.h"
 #include "cli/verb.h"
+#include "kernels/gemm.h"
 #include "runtime/error.h"
 #include "runtime/nearest.h"
 #include "runtime/parallel.h"
@@ -53,6 +54,7 @@ void apply_common(const Common& common) {
   check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage, "--threads {}: expected 0 to 4096",
         common.threads);
   if (common.threads > 0) omp_set_num_threads(common.threads);
+  force_gemm_backend(common.gemm);
   if (!common.trace.empty()) trace_start();
 }
 
@@ -95,8 +97,7 @@ std::string config_path(const std::vector<std::string>& arguments) {
 
 void print_help() {
   fmt::print(
-      "lightmoe {}: make OLMoE smaller and faster by expert replacing, train it back, measure "
-      "it\n\n"
+      "lightmoe {}: make OLMoE smaller and faster by expert replacing, train it back, measure it\n\n"
       "usage: lightmoe VERB [options]      lightmoe VERB --help\n",
       version());
   std::map<std::string, std::vector<const Verb*>> groups;
@@ -107,8 +108,8 @@ void print_help() {
     for (const Verb* verb : members) fmt::print("  {:<12}{}\n", verb->name, verb->summary);
   }
   fmt::print(
-      "\nExample: lightmoe inspect demo/base\nExit codes: 0 ok, 1 internal, 2 usage, 3 bad input "
-      "file, 4 I/O, 5 memory, 6 numeric, "
+      "\nExample: lightmoe inspect demo/base\nExit codes: 0 ok, 1 internal, 2 usage, 3 bad input file, 4 I/O, 5 "
+      "memory, 6 numeric, "
       "7 resume, 9 device; 128+signal when stopped.\n");
 }
 
@@ -146,6 +147,9 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
   apply_common(common);
   action();
   if (!common.trace.empty()) trace_write(common.trace);
+  if (common.gemm_picks) {
+    for (const std::string& line : gemm_picks()) fmt::print(stderr, "gemm: {}\n", line);
+  }
   return exit_code_on_success;
 }
 
