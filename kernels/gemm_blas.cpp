@@ -38,8 +38,8 @@ void copy_rows(const GemmMatrix& x, const Tensor& to, bool round) {
   });
 }
 
-// op(X) is [rows, columns]; what BLAS gets is X as stored.
-Operand operand(const GemmMatrix& x, int64_t rows, int64_t columns, GemmCompute compute) {
+// X as BLAS can take it; op(X) is [rows, columns].
+Operand ready(const GemmMatrix& x, int64_t rows, int64_t columns, GemmCompute compute) {
   if (x.transposed) std::swap(rows, columns);
   const bool round = compute == GemmCompute::kBF16 && x.dtype == DType::kF32;
   if (x.rows == nullptr && !round && x.dtype != DType::kBF16) return {x.data, std::max<int64_t>(x.stride, 1), {}};
@@ -78,7 +78,7 @@ void store_bf16(const GemmProblem& p, float beta, const float* product) {
 
 void multiply(const GemmProblem& p, const GemmProblems& all) {
   const MemoryScope scratch(MemoryCategory::kScratch);
-  const Operand a = operand(p.a, p.m, p.k, all.compute), b = operand(p.b, p.k, p.n, all.compute);
+  const Operand a = ready(p.a, p.m, p.k, all.compute), b = ready(p.b, p.k, p.n, all.compute);
   if (p.c_dtype == DType::kF64) {
     cblas_dgemm(CblasRowMajor, flag(p.a.transposed), flag(p.b.transposed), static_cast<int>(p.m), static_cast<int>(p.n),
                 static_cast<int>(p.k), all.alpha, static_cast<const double*>(a.data), static_cast<int>(a.stride),
