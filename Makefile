@@ -84,11 +84,11 @@ test: setup lint
 	@$(BUILD)/lightmoe-tests $(TEST_ARGS)
 
 # Unit tests alone, without set-up and lint: make unit TEST_ARGS=--gtest_filter='RmsNorm*'
-unit: $(BUILD)/lightmoe-tests
+unit: $(BUILD)/lightmoe-tests $(BUILD)/lightmoe
 	@$(BUILD)/lightmoe-tests $(TEST_ARGS)
 
 asan:
-	@$(MAKE) --no-print-directory MODE=asan build/asan/lightmoe-tests
+	@$(MAKE) --no-print-directory MODE=asan build/asan/lightmoe-tests build/asan/lightmoe
 	@ASAN_OPTIONS=detect_leaks=0 build/asan/lightmoe-tests $(TEST_ARGS)
 
 bench: all
