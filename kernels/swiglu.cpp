@@ -20,9 +20,10 @@ template <class T> void forward(const SwiGlu& op) {
     for (int64_t p = begin; p < end; ++p) {
       const T *gate = h + p * 2 * width, *up = gate + width;
       T* out = a + p * width;
+#pragma omp simd
       for (int64_t i = 0; i < width; ++i) {
-        const C g = load(gate, i);
-        store(out, i, g / (C(1) + exp_of(-g)) * load(up, i));
+        const C g = load(gate, i), sigmoid = C(1) / (C(1) + exp_of(-g));
+        store(out, i, g * sigmoid * load(up, i));
       }
     }
   });

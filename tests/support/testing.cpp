@@ -3,6 +3,8 @@
 #include <cstring>
 #include <limits>
 
+#include "runtime/parallel.h"
+
 namespace lightmoe::testing {
 namespace {
 constexpr size_t kGuardBytes = 256;
@@ -94,6 +96,16 @@ Guarded::~Guarded() {
     }
   }
   return ::testing::AssertionFailure() << "equal values, different bits";
+}
+
+::testing::AssertionResult same_on_any_threads(const std::function<Tensor()>& f) {
+  const int threads = num_threads();
+  omp_set_num_threads(1);
+  const Tensor one = f();
+  omp_set_num_threads(3);
+  const Tensor three = f();
+  omp_set_num_threads(threads);
+  return bits_equal(one, three);
 }
 
 double unit_roundoff(DType dtype) {

@@ -38,6 +38,9 @@ class Guarded {
                                  double absolute = 0);
 ::testing::AssertionResult bits_equal(const Tensor& a, const Tensor& b);
 
+// What f returns with 1 and with 3 threads must have the same bits.
+::testing::AssertionResult same_on_any_threads(const std::function<Tensor()>& f);
+
 // Unit round-off of the type an op rounds its result to: 2^-24, 2^-8, 2^-53.
 double unit_roundoff(DType dtype);
 // Error bound of a sum of `terms` products rounded in the compute type and stored as dtype,
