@@ -1,9 +1,11 @@
 #pragma once
 // JSON from untrusted files: parsed by nlohmann's SAX interface with caps on size, depth and element count, and duplicate keys
 // refused (the DOM parser keeps the last one silently). Errors are Error(kInput) "file:line:column: reason".
+// NOTE: find() on a Json object is a linear search; walk over large objects instead.
 
 #include <nlohmann/json.hpp>
 #include <string>
+#include <string_view>
 
 namespace lightmoe {
 
@@ -14,7 +16,10 @@ struct JsonLimits {
 };
 using Json = nlohmann::ordered_json;
 // `name` (file, or file:line) starts the message of every error.
-Json parse_json(const std::string& text, const std::string& name, const JsonLimits& limits = {});
+Json parse_json(std::string_view text, const std::string& name, const JsonLimits& limits = {});
 Json read_json_file(const std::string& path, const JsonLimits& limits = {});
+
+// Text out of a file made fit for a one-line message: control and non-ASCII bytes as \xNN, long text cut in the middle.
+std::string printable(std::string_view text, size_t max_length = 200);
 
 }  // namespace lightmoe

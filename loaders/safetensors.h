@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,9 @@ struct TensorInfo {
   std::string file_dtype;  // as written: "F32", "BF16", "F8_E4M3", ...
   std::vector<int64_t> shape;
   uint64_t begin = 0, end = 0;  // bytes in the file, from its start
+  uint64_t bytes() const { return end - begin; }
+  int64_t numel() const;               // does not overflow: checked when the header was read
+  std::optional<DType> dtype() const;  // where DType has it (BOOL is u8)
 };
 
 class SafetensorsFile {
