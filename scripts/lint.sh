@@ -34,7 +34,7 @@ only '<<<' 'kernels/device/simt\.h' 'kernel launches stand in kernels/device/sim
 only '(^|[^_a-z])asm( volatile)?\(' 'kernels/device/ptx[a-z_]*\.h' 'asm stands in kernels/device/ptx*.h only'
 only '#include <cu[a-z_]*\.h>' 'kernels/device/simt\.h|runtime/cuda[a-z_]*\.(h|cpp)|kernels/[a-z_]*(cublas|cub|nccl)[a-z_]*\.cu' 'CUDA headers enter by two doors'
 only '#include <cblas\.h>' 'kernels/gemm_blas\.cpp' 'BLAS enters by kernels/gemm_blas.cpp'
-only '(std::)?(rand|srand)\(|std::random_device|std::mt19937' 'none' 'random numbers come from runtime/philox.h'
+only '(^|[^_a-zA-Z])(rand|srand)\(|std::random_device|std::mt19937' 'none' 'random numbers come from runtime/philox.h'
 
 for file in $(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null); do
   lines=$(wc -l <"$file")
