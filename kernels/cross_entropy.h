@@ -6,7 +6,7 @@
 // scale is usually 1 / (unmasked tokens of the whole optimizer step), so that gradient accumulation is exact.
 //
 // LabelScores, for evaluation: per row log p(label), log-sum-exp, whether the label is the argmax (lowest id wins ties), and argmax.
-// shapes: x, dx [T,D]; w, dw [V,D]; labels i32 [T] in [0,V) or -100; loss f64 [1] '='; log_prob, lse f64 [T] (0 for ignored); argmax i32 [T].
+// shapes: x, dx [T,D]; w, dw [V,D]; labels i32 [T] in [0,V) or -100; loss f64 [1] '='; log_prob, lse f64 [T], argmax i32 [T] (0 for ignored).
 // dtypes: x f32/bf16/f64, w of x's type or f32/bf16, dw of the gradient's type (f32, f64); logits and softmax f32 (f64).
 // memory: chunk_rows * V values (0 = the op's default, about 64 MB), counted as scratch. Deterministic, and a row's scores do not
 //   depend on T or chunk_rows with the `native` GEMM backend.
