@@ -39,7 +39,9 @@ comma := ,
 CPPFLAGS += -I. $(if $(OPENBLAS_DIR),-I$(subst /lib/,/include/,$(OPENBLAS_DIR)))
 CXXFLAGS += -std=c++20 -g1 -Wall -Wextra -Werror -Wno-missing-field-initializers -fopenmp -fno-math-errno -fno-trapping-math -MMD -MP
 ifeq ($(MODE),release)
-  CXXFLAGS += -O3 -march=$(ARCH)
+  CXXFLAGS += -march=$(ARCH)
+  # Compile fast where no time is spent.
+  OPTIMIZE = $(if $(filter $(BUILD)/obj/cli/% $(BUILD)/obj/tests/%,$@),-O1,-O3)
 else ifeq ($(MODE),asan)
   CXXFLAGS += -O1 -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
   LDFLAGS += -fsanitize=address,undefined
@@ -57,7 +59,7 @@ all: setup
 $(BUILD)/obj/%.o: %.cpp
 	@mkdir -p $(@D)
 	@echo "  CXX  $<"
-	@$(CCACHE) $(CXX) $(CPPFLAGS) $(CXXFLAGS) -c $< -o $@
+	@$(CCACHE) $(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMIZE) -c $< -o $@
 
 # The version reaches one object only, so that a commit does not rebuild the tree.
 $(BUILD)/obj/runtime/version.o: CPPFLAGS += -DLIGHTMOE_VERSION='"$(VERSION)"'
