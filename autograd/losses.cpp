@@ -1,0 +1,39 @@
+#include "autograd/ops.h"
+#include "kernels/router.h"
+
+namespace lightmoe {
+
+double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots,
+                         const Tensor& mask, double scale) {
+  std::vector<Tensor> values;
+  bool needs = false;
+  for (const Var& p : probs) {
+    values.push_back(p.value);
+    needs = needs || p.needs_grad();
+  }
+  const Tensor loss = Tensor::empty({1}, DType::kF64);
+  run(LoadBalance{.probs = values, .slots = slots, .mask = mask, .loss = loss});
+  if (needs) {
+    tape.record([probs, values, slots, mask, scale] {
+      std::vector<Tensor> gradients;
+      for (const Tensor& p : values) gradients.push_back(Tensor::empty(p.shape(), p.dtype()));
+      run(LoadBalanceBackward{.probs = values, .slots = slots, .mask = mask, .scale = scale, .dprobs = gradients});
+      for (size_t l = 0; l < probs.size(); ++l) {
+        if (probs[l].grad) probs[l].grad->add(gradients[l]);
+      }
+    });
+  }
+  return loss.data<double>()[0];
+}
+
+double dot_loss(Tape& tape, const Var& y, const Tensor& weights) {
+  require(y.value.dtype() == DType::kF64 && weights.dtype() == DType::kF64 && y.value.shape() == weights.shape(),
+          "dot_loss: y is {} {}, weights {} {}, expected f64 of one shape", y.value.shape().str(),
+          name_of(y.value.dtype()), weights.shape().str(), name_of(weights.dtype()));
+  double sum = 0;
+  for (int64_t i = 0; i < y.value.numel(); ++i) sum += y.value.data<double>()[i] * weights.data<double>()[i];
+  if (y.needs_grad()) tape.record([slot = y.grad, weights] { slot->share(weights); });
+  return sum;
+}
+
+}  // namespace lightmoe

@@ -1,0 +1,172 @@
+#include "autograd/ops.h"
+
+#include "kernels/elementwise.h"
+#include "kernels/embedding.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/router.h"
+#include "kernels/swiglu.h"
+
+namespace lightmoe {
+namespace {
+
+Tensor empty_like(const Tensor& t) { return Tensor::empty(t.shape(), t.dtype(), t.device()); }
+Tensor if_kept(bool keep, const Tensor& t) { return keep ? t : Tensor(); }
+Tensor grad_of(const ParameterPtr& w) { return w->trainable ? w->ensure_grad() : Tensor(); }
+
+}  // namespace
+
+DType activation_dtype(DType weight) { return weight == DType::kF64 ? DType::kF64 : DType::kF32; }
+
+Var embedding(Tape& tape, const Tensor& ids, const ParameterPtr& table) {
+  const Tensor& w = table->value;
+  const Var y = Tape::output(Tensor::empty({ids.dim(0), w.dim(1)}, activation_dtype(w.dtype())), table->trainable);
+  run(Embedding{.ids = ids, .table = w, .y = y.value});
+  tape.record(y, [ids, table](const Tensor& dy) {
+    run(EmbeddingBackward{.ids = ids, .dy = dy, .dtable = table->ensure_grad()});
+  });
+  return y;
+}
+
+Var rms_norm(Tape& tape, const Var& x, const ParameterPtr& w, double eps) {
+  const Var y = Tape::output(empty_like(x.value), x.needs_grad() || w->trainable);
+  const Tensor rstd = tape.wants(y) ? Tensor::empty({x.value.dim(0)}, x.value.dtype()) : Tensor();
+  run(RmsNorm{.x = x.value, .w = w->value, .eps = eps, .y = y.value, .rstd = rstd});
+  tape.record(y, [x_value = x.value, dx = x.grad, w, rstd](const Tensor& dy) {
+    const Tensor fresh = empty_like(dy);
+    run(RmsNormBackward{.x = x_value, .w = w->value, .rstd = rstd, .dy = dy, .dx = fresh, .dw = grad_of(w)});
+    if (dx) dx->add(fresh);
+  });
+  return y;
+}
+
+Var linear(Tape& tape, const Var& x, const ParameterPtr& w, GemmCompute compute) {
+  const Tensor y_value = Tensor::empty({x.value.dim(0), w->value.dim(0)}, x.value.dtype());
+  const Var y = Tape::output(y_value, x.needs_grad() || w->trainable);
+  run(Gemm{.a = x.value, .b = w->value, .c = y.value, .trans_b = true, .compute = compute});
+  tape.record(y, [x_value = if_kept(w->trainable, x.value), dx = x.grad, w, compute](const Tensor& dy) {
+    if (w->trainable) {
+      const double beta = w->grad_beta();
+      run(Gemm{.a = dy, .b = x_value, .c = w->grad, .trans_a = true, .beta = beta, .compute = compute});
+    }
+    if (dx) {
+      bool accumulate = false;
+      const Tensor target = dx->target({dy.dim(0), w->value.dim(1)}, dy.dtype(), &accumulate);
+      run(Gemm{.a = dy, .b = w->value, .c = target, .beta = accumulate ? 1.0 : 0.0, .compute = compute});
+    }
+  });
+  return y;
+}
+
+Var clamp(Tape& tape, const Var& x, double limit) {
+  const Var y = Tape::output(empty_like(x.value), x.needs_grad());
+  run(Clamp{.limit = limit, .x = x.value, .y = y.value});
+  tape.record(y, [x_value = x.value, dx = x.grad, limit](const Tensor& dy) {
+    const Tensor fresh = empty_like(dy);
+    run(ClampBackward{.limit = limit, .x = x_value, .dy = dy, .dx = fresh});
+    dx->add(fresh);
+  });
+  return y;
+}
+
+Var swiglu(Tape& tape, const Var& h) {
+  const Var a = Tape::output(Tensor::empty({h.value.dim(0), h.value.dim(1) / 2}, h.value.dtype()), h.needs_grad());
+  run(SwiGlu{.h = h.value, .a = a.value});
+  tape.record(a, [h_value = h.value, dh = h.grad](const Tensor& da) {
+    const Tensor fresh = empty_like(h_value);
+    run(SwiGluBackward{.h = h_value, .da = da, .dh = fresh});
+    dh->add(fresh);
+  });
+  return a;
+}
+
+Var rope_in_place(Tape& tape, const Var& x, const Tensor& positions, int64_t head_dim, double theta) {
+  const Var y = Tape::output(x.value, x.needs_grad());
+  Rope op{.x = x.value, .positions = positions, .head_dim = head_dim, .theta = theta, .y = x.value};
+  run(op);
+  tape.record(y, [positions, head_dim, theta, dx = x.grad](const Tensor& dy) {
+    const Tensor fresh = empty_like(dy);
+    run(Rope{.x = dy, .positions = positions, .head_dim = head_dim, .theta = theta, .inverse = true, .y = fresh});
+    dx->add(fresh);
+  });
+  return y;
+}
+
+Var add_in_place(Tape& tape, const Var& x, const Var& branch) {
+  const Var y = Tape::output(branch.value, x.needs_grad() || branch.needs_grad());
+  run(Add{.a = x.value, .b = branch.value, .y = y.value});
+  tape.record(y, [dx = x.grad, dbranch = branch.grad](const Tensor& dy) {
+    if (dx) dx->share(dy);
+    if (dbranch) dbranch->share(dy);
+  });
+  return y;
+}
+
+Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const AttentionSequences& sequences,
+              int64_t head_dim) {
+  const Var out = Tape::output(empty_like(q.value), q.needs_grad() || k.needs_grad() || v.needs_grad());
+  const bool keep = tape.wants(out);
+  const int64_t heads = q.value.dim(1) / head_dim;
+  const Tensor lse = keep ? Tensor::empty({heads, q.value.dim(0)}, q.value.dtype()) : Tensor();
+  run(Attention{.q = q.value,
+                .k = k.value,
+                .v = v.value,
+                .sequences = sequences,
+                .head_dim = head_dim,
+                .out = out.value,
+                .lse = lse});
+  tape.record(out, [q = q, k = k, v = v, out_value = out.value, lse, sequences, head_dim](const Tensor& dout) {
+    AttentionBackward op{.q = q.value,
+                         .k = k.value,
+                         .v = v.value,
+                         .out = out_value,
+                         .lse = lse,
+                         .dout = dout,
+                         .sequences = sequences,
+                         .head_dim = head_dim};
+    op.dq = empty_like(q.value), op.dk = empty_like(k.value), op.dv = empty_like(v.value);
+    run(op);
+    if (q.grad) q.grad->add(op.dq);
+    if (k.grad) k.grad->add(op.dk);
+    if (v.grad) v.grad->add(op.dv);
+  });
+  return out;
+}
+
+Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& removed, int64_t top_k,
+               bool renormalize) {
+  const int64_t tokens = x.value.dim(0), slots = w->value.dim(0);
+  const DType dtype = x.value.dtype();
+  const bool needs = x.needs_grad() || w->trainable;
+  Routing r{.slots = Tensor::empty({tokens, top_k}, DType::kI32),
+            .logits = Tensor::empty({tokens, slots}, dtype),
+            .probs = Tape::output(Tensor::empty({tokens, slots}, dtype), needs),
+            .gates = Tape::output(Tensor::empty({tokens, top_k}, dtype), needs)};
+  run(Router{.x = x.value,
+             .w = w->value,
+             .removed = removed,
+             .top_k = top_k,
+             .renormalize = renormalize,
+             .logits = r.logits,
+             .probs = r.probs.value,
+             .slots = r.slots,
+             .gates = r.gates.value});
+  if (!tape.wants(r.gates)) return r;
+  tape.record([x, w, probs = r.probs, gates = r.gates, slots = r.slots, renormalize] {
+    RouterBackward op{.x = x.value,
+                      .w = w->value,
+                      .probs = probs.value,
+                      .slots = slots,
+                      .gates = gates.value,
+                      .dgates = gates.grad->take(),
+                      .dprobs = probs.grad->take(),
+                      .renormalize = renormalize};
+    if (!op.dgates.defined() && !op.dprobs.defined()) return;
+    if (x.grad) op.dx = x.grad->target(x.value.shape(), x.value.dtype(), &op.accumulate_dx);
+    op.dw = grad_of(w);
+    run(op);
+  });
+  return r;
+}
+
+}  // namespace lightmoe

@@ -1,0 +1,42 @@
+#pragma once
+// Differentiable ops: each allocates its output, runs a kernel and records the backward kernel. Equations, dtypes and tolerated
+// shapes are those of kernels/<op>.h. Activations are f32 (f64 when the weights are f64); weights f32, bf16 or f64.
+// Frozen weights get neither gradient memory nor a product; inputs without gradient get no dX product.
+// Losses are the roots of backward: they return the loss and put `scale` times its gradient into their input and weights.
+
+#include "autograd/tape.h"
+#include "kernels/attention.h"
+#include "kernels/gemm.h"
+
+namespace lightmoe {
+
+DType activation_dtype(DType weight);  // f64 for f64, else f32
+
+Var embedding(Tape& tape, const Tensor& ids, const ParameterPtr& table);
+Var rms_norm(Tape& tape, const Var& x, const ParameterPtr& w, double eps);
+Var linear(Tape& tape, const Var& x, const ParameterPtr& w, GemmCompute compute);
+Var clamp(Tape& tape, const Var& x, double limit);
+Var swiglu(Tape& tape, const Var& h);
+// These two write their output over an input that nothing else reads any more.
+Var rope_in_place(Tape& tape, const Var& x, const Tensor& positions, int64_t head_dim, double theta);
+Var add_in_place(Tape& tape, const Var& x, const Var& branch);  // over branch
+// Keys and values are this batch's own rows.
+Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const AttentionSequences& sequences,
+              int64_t head_dim);
+
+struct Routing {
+  Tensor slots, logits;
+  Var probs, gates;
+};
+Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& removed, int64_t top_k, bool renormalize);
+
+// Sum over labelled rows (not scaled).
+double lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& labels, double scale,
+                    GemmCompute compute);
+// One entry per layer.
+double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots,
+                         const Tensor& mask, double scale);
+// <y, weights>: a root for gradient checks.
+double dot_loss(Tape& tape, const Var& y, const Tensor& weights);
+
+}  // namespace lightmoe

@@ -1,0 +1,109 @@
+#include "model/moe_groups.h"
+
+#include <algorithm>
+#include <map>
+
+#include "kernels/elementwise.h"
+
+namespace lightmoe {
+namespace {
+
+constexpr const char* kKindNames[] = {"expert", "constant", "latent", "removed"};
+
+bool has_rows(const DispatchPlan& plan, size_t group) {
+  const int32_t* offsets = plan.group_offsets.data<int32_t>();
+  return offsets[group + 1] > offsets[group];
+}
+
+// beta original + (1-beta) bank, in scratch; the original itself at beta 1.
+Tensor blended(const MoeGroup& group, ExpertHalf half, double beta, DType activation) {
+  const Tensor& original = half_of(group.original, half)->value;
+  if (beta == 1) return original;
+  const MemoryScope scope(MemoryCategory::kScratch);
+  const Tensor y = Tensor::empty(original.shape(), activation);
+  if (group.bank.gate_up != nullptr) {
+    run(Blend{.beta = beta, .a = original, .b = half_of(group.bank, half)->value, .y = y});
+  } else {
+    y.fill_zero();
+    run(Axpy{.alpha = beta, .x = original, .y = y});
+  }
+  return y;
+}
+
+}  // namespace
+
+MoeGroups::MoeGroups(const MoeLayer& layer) {
+  const size_t num_slots = layer.slots.size();
+  for (const Expert& expert : layer.experts) groups.push_back({.bank = expert, .original = {}});
+  group_of_slot.assign(num_slots + 1, -1);
+  adapter_of_slot.assign(num_slots, -1);
+  for (size_t s = 0; s < num_slots; ++s) {
+    const Slot& slot = layer.slots[s];
+    check(slot.kind == SlotKind::kExpert || slot.kind == SlotKind::kRemoved, ErrorKind::kInput,
+          "{}: slot {} is of kind {}, which this version cannot run (expert and removed are supported)",
+          layer.router->name, s, kKindNames[static_cast<int>(slot.kind)]);
+    if (slot.kind != SlotKind::kExpert) continue;
+    group_of_slot[s] = slot.expert;
+    adapter_of_slot[s] = slot.adapter;
+  }
+  if (layer.beta > 0) {
+    beta = layer.beta;
+    for (const AnnealedSlot& annealed : layer.annealed) {
+      auto& group = group_of_slot[static_cast<size_t>(annealed.slot)];
+      const MoeGroup own{.bank = layer.experts[static_cast<size_t>(group)], .original = annealed.original};
+      group = static_cast<int32_t>(groups.size());
+      groups.push_back(own);
+    }
+  }
+  std::map<std::pair<int32_t, int32_t>, int32_t> lanes;  // (group, adapter) -> lowest slot
+  std::vector<int> lanes_of_group(groups.size(), 0);
+  std::vector<int32_t> lane(num_slots);
+  bool merge = false;
+  for (size_t s = 0; s < num_slots; ++s) {
+    const auto [it, is_new] = lanes.try_emplace({group_of_slot[s], adapter_of_slot[s]}, static_cast<int32_t>(s));
+    lane[s] = group_of_slot[s] < 0 ? static_cast<int32_t>(s) : it->second;
+    merge = merge || lane[s] != static_cast<int32_t>(s);
+    if (is_new && group_of_slot[s] >= 0) shared = ++lanes_of_group[static_cast<size_t>(group_of_slot[s])] > 1 || shared;
+  }
+  if (merge) lane_of_slot = std::move(lane);
+}
+
+const ParameterPtr& half_of(const Expert& expert, ExpertHalf half) {
+  return half == ExpertHalf::kGateUp ? expert.gate_up : expert.down;
+}
+
+std::vector<Tensor> group_weights(const MoeGroups& groups, const DispatchPlan& plan, ExpertHalf half,
+                                  DType activation) {
+  std::vector<Tensor> weights(groups.groups.size());
+  for (size_t g = 0; g < weights.size(); ++g) {
+    const MoeGroup& group = groups.groups[g];
+    if (!has_rows(plan, g)) continue;
+    if (group.annealed()) {
+      weights[g] = blended(group, half, groups.beta, activation);
+    } else if (group.bank.gate_up != nullptr) {
+      weights[g] = half_of(group.bank, half)->value;
+    }
+  }
+  return weights;
+}
+
+bool has_zero_rows(const MoeGroups& groups, const DispatchPlan& plan) {
+  for (size_t g = 0; g < groups.groups.size(); ++g) {
+    const MoeGroup& group = groups.groups[g];
+    if (!group.annealed() && group.bank.gate_up == nullptr && has_rows(plan, g)) return true;
+  }
+  return false;
+}
+
+bool any_trainable(const MoeGroups& groups, ExpertHalf half) {
+  return std::any_of(groups.groups.begin(), groups.groups.end(), [half](const MoeGroup& group) {
+    return group.bank.gate_up != nullptr && half_of(group.bank, half)->trainable;
+  });
+}
+
+bool any_trainable(const MoeLayer& layer) {
+  const std::vector<ParameterPtr> all = layer.parameters();
+  return std::any_of(all.begin() + 1, all.end(), [](const ParameterPtr& p) { return p->trainable; });
+}
+
+}  // namespace lightmoe

@@ -1,0 +1,42 @@
+#pragma once
+// What the slots of a layer point to during one pass. A GROUP is one pair of matrices that rows are multiplied with: a bank entry,
+// or an annealed slot (its own blend of two experts). A LANE is what a slot computes: group and adapter; slots of one lane are
+// merged before dispatch (kernels/merge_slots.h). Groups are numbered bank entries first, then annealed slots.
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/dispatch_plan.h"
+#include "model/moe.h"
+
+namespace lightmoe {
+
+struct MoeGroup {
+  Expert bank;      // null matrices: W = 0
+  Expert original;  // annealed slot: W = beta original + (1-beta) bank; null else
+  bool annealed() const { return original.gate_up != nullptr; }
+};
+
+struct MoeGroups {
+  std::vector<MoeGroup> groups;
+  std::vector<int32_t> group_of_slot;    // E + 1 entries: the last slot number means "dropped"
+  std::vector<int32_t> adapter_of_slot;  // E, -1 = none
+  std::vector<int32_t> lane_of_slot;     // E; empty when every slot is a lane of its own
+  bool shared = false;                   // some group has several lanes: its visits are not its pairs
+  double beta = 0;                       // of the annealed groups
+
+  // Error(kInput) for kinds of slots this version cannot run; `layer_name` starts the message.
+  explicit MoeGroups(const MoeLayer& layer);
+};
+
+enum class ExpertHalf : uint8_t { kGateUp, kDown };
+const ParameterPtr& half_of(const Expert& expert, ExpertHalf half);
+
+// One matrix per group for a grouped product; undefined where W = 0 or no row asks. Blends live in scratch as long as the result.
+std::vector<Tensor> group_weights(const MoeGroups& groups, const DispatchPlan& plan, ExpertHalf half, DType activation);
+// Whether some group has rows but no matrix, so that a product leaves rows unwritten.
+bool has_zero_rows(const MoeGroups& groups, const DispatchPlan& plan);
+bool any_trainable(const MoeGroups& groups, ExpertHalf half);
+bool any_trainable(const MoeLayer& layer);
+
+}  // namespace lightmoe

@@ -1,0 +1,240 @@
+#include "model/moe_op.h"
+
+#include "kernels/combine.h"
+#include "kernels/merge_slots.h"
+#include "kernels/swiglu.h"
+#include "model/moe_groups.h"
+#include "model/moe_low_rank.h"
+#include "runtime/trace.h"
+
+namespace lightmoe {
+namespace {
+
+// A grouped product whose matrices may be of two dtypes (bf16 weights beside f32 blends): one call for each.
+void run_grouped(GroupedGemmM op) {
+  const std::vector<Tensor> all = op.b;
+  std::vector<bool> done(all.size(), false);
+  for (size_t first = 0; first < all.size(); ++first) {
+    if (done[first] || !all[first].defined()) continue;
+    for (size_t g = 0; g < all.size(); ++g) {
+      const bool now = all[g].defined() && all[g].dtype() == all[first].dtype();
+      op.b[g] = now ? all[g] : Tensor();
+      done[g] = done[g] || now;
+    }
+    run(op);
+  }
+}
+
+class MoeRun {
+ public:
+  MoeRun(const MoeLayer& layer, GemmCompute compute, const Tensor& x, const Tensor& slots, const Tensor& gates)
+      : groups_(layer), compute_(compute), dtype_(x.dtype()), x_(x), gates_(gates) {
+    const Tensor chosen = groups_.lane_of_slot.empty() ? slots : merge(slots);
+    plan_ = make_dispatch_plan(chosen, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
+    low_rank_ = LowRankTerms::of(layer, groups_.adapter_of_slot, plan_, compute);
+    hidden_ = x.dim(1), width_ = expert_width(layer);
+    zero_rows_ = has_zero_rows(groups_, plan_);
+  }
+
+  Tensor forward(bool keep);
+  // dx undefined: x needs no gradient. Returns the gradient of the gates.
+  Tensor backward(const Tensor& dy, const Tensor& dx, bool accumulate_dx);
+
+ private:
+  static int64_t expert_width(const MoeLayer& layer) {
+    for (const Expert& expert : layer.experts) {
+      if (expert.down != nullptr) return expert.down->value.dim(1);
+    }
+    for (const Adapter& adapter : layer.adapters) return adapter.b_gate->value.dim(0);
+    for (const AnnealedSlot& annealed : layer.annealed) return annealed.original.down->value.dim(1);
+    return 0;
+  }
+  Tensor merge(const Tensor& slots) {
+    const Tensor merged = Tensor::empty(slots.shape(), DType::kI32),
+                 gates = Tensor::empty(slots.shape(), gates_.dtype());
+    first_ = Tensor::empty(slots.shape(), DType::kI32);
+    const Tensor lanes = Tensor::from(groups_.lane_of_slot, {static_cast<int64_t>(groups_.lane_of_slot.size())});
+    run(MergeSlots{.slots = slots,
+                   .gates = gates_,
+                   .lane_of_slot = lanes,
+                   .merged_slots = merged,
+                   .merged_gates = gates,
+                   .first = first_});
+    gates_ = gates;
+    return merged;
+  }
+
+  Tensor empty(int64_t rows, int64_t width) const { return Tensor::empty({rows, width}, dtype_); }
+  // Rows that a grouped product over the visits writes; zero first where groups stand for W = 0.
+  Tensor visit_rows(int64_t width) const {
+    return zero_rows_ ? Tensor::zeros({plan_.num_visits, width}, dtype_) : empty(plan_.num_visits, width);
+  }
+  bool pairs_are_visits() const { return !groups_.shared; }
+  Tensor gated_sum(const Tensor& a) const {
+    const Tensor s = empty(plan_.num_visits, width_);
+    run(GatedSum{.a = a, .gates = gates_, .pair_index = plan_.pair_index, .pair_visit = plan_.pair_visit, .s = s});
+    return s;
+  }
+  void visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf half, bool trans_b, const Tensor& c) const {
+    run_grouped({.a = a,
+                 .a_rows = a_rows,
+                 .offsets = plan_.group_offsets,
+                 .b = group_weights(groups_, plan_, half, dtype_),
+                 .c = c,
+                 .trans_b = trans_b,
+                 .compute = compute_});
+  }
+  // y = sum over the token's visits of rows, which the adapters' terms may join: add(rows [P,D], beta).
+  template <class AddTerms>
+  void combine(const Tensor& rows, const Tensor& y, bool accumulate, AddTerms&& add) const;
+  void weight_gradient(ExpertHalf half, GroupedGemmK op) const;
+  Tensor unmerged(const Tensor& dgates) const {
+    if (!first_.defined()) return dgates;
+    const Tensor spread = Tensor::empty(dgates.shape(), dgates.dtype());
+    run(MergeSlotsBackward{.dmerged = dgates, .first = first_, .dgates = spread});
+    return spread;
+  }
+
+  MoeGroups groups_;
+  GemmCompute compute_;
+  DType dtype_;
+  Tensor x_, gates_, first_;  // gates after merging; first_ undefined when nothing merges
+  DispatchPlan plan_;
+  std::vector<LowRankTerms> low_rank_;
+  int64_t hidden_ = 0, width_ = 0;
+  bool zero_rows_ = false;
+  Tensor h_;  // [P,2F]
+};
+
+template <class AddTerms>
+void MoeRun::combine(const Tensor& rows, const Tensor& y, bool accumulate, AddTerms&& add) const {
+  if (pairs_are_visits()) {
+    for (size_t i = 0; i < low_rank_.size(); ++i) add(i, rows, 1.0);
+  }
+  run(Combine{.x = rows, .index = plan_.token_visit, .accumulate = accumulate, .y = y});
+  if (pairs_are_visits() || low_rank_.empty()) return;
+  const bool whole = low_rank_.size() == 1 && low_rank_[0].covers_all_pairs();
+  const Tensor terms = whole ? empty(plan_.num_pairs, hidden_) : Tensor::zeros({plan_.num_pairs, hidden_}, dtype_);
+  for (size_t i = 0; i < low_rank_.size(); ++i) add(i, terms, whole ? 0.0 : 1.0);
+  run(Combine{.x = terms, .index = plan_.index_pair, .accumulate = true, .y = y});
+}
+
+Tensor MoeRun::forward(bool keep) {
+  const TraceRange trace(TraceLevel::kOp, "moe.experts", plan_.num_pairs);
+  Tensor h = visit_rows(2 * width_);
+  visit_product(x_, plan_.visit_token, ExpertHalf::kGateUp, true, h);
+  if (!pairs_are_visits()) {
+    const Tensor h0 = std::exchange(h, empty(plan_.num_pairs, 2 * width_));
+    run(ExpandPairs{.x = h0, .pair_visit = plan_.pair_visit, .y = h});
+  }
+  for (LowRankTerms& terms : low_rank_) terms.add_to_h(plan_, x_, h);
+  Tensor a = empty(plan_.num_pairs, width_);
+  run(SwiGlu{.h = h, .a = a});
+  if (keep) h_ = h;
+  h.reset();
+
+  const Tensor y = empty(x_.dim(0), hidden_), rows = visit_rows(hidden_);
+  if (pairs_are_visits() && low_rank_.empty()) {  // the gate may wait until the rows are summed
+    visit_product(a, {}, ExpertHalf::kDown, true, rows);
+    run(Combine{.x = rows, .index = plan_.index_pair, .scales = gates_, .y = y});
+    return y;
+  }
+  visit_product(gated_sum(a), {}, ExpertHalf::kDown, true, rows);
+  combine(rows, y, false, [&](size_t i, const Tensor& pair_rows, double beta) {
+    low_rank_[i].add_to_y(plan_, a, gates_, pair_rows, beta);
+  });
+  return y;
+}
+
+void MoeRun::weight_gradient(ExpertHalf half, GroupedGemmK op) const {
+  std::vector<ParameterPtr> own(groups_.groups.size()), blended(groups_.groups.size());
+  bool any_blended = false;
+  for (size_t g = 0; g < own.size(); ++g) {
+    const MoeGroup& group = groups_.groups[g];
+    if (group.bank.gate_up == nullptr || !half_of(group.bank, half)->trainable) continue;
+    (group.annealed() ? blended : own)[g] = half_of(group.bank, half);
+    any_blended = any_blended || group.annealed();
+  }
+  const auto run_for = [&](const std::vector<ParameterPtr>& parameters, double alpha) {
+    op.alpha = alpha, op.beta = grad_beta_of(parameters), op.compute = compute_, op.offsets = plan_.group_offsets;
+    op.c.clear();
+    for (const ParameterPtr& p : parameters) op.c.push_back(p != nullptr ? p->grad : Tensor());
+    run(op);
+  };
+  run_for(own, 1);
+  if (any_blended && groups_.beta < 1) run_for(blended, 1 - groups_.beta);  // d(blend) / d(bank)
+}
+
+Tensor MoeRun::backward(const Tensor& dy, const Tensor& dx, bool accumulate_dx) {
+  const TraceRange trace(TraceLevel::kOp, "moe.experts.backward", plan_.num_pairs);
+  const Tensor dgates = Tensor::zeros(gates_.shape(), gates_.dtype());
+  Tensor a = empty(plan_.num_pairs, width_), da = empty(plan_.num_pairs, width_);
+  run(SwiGlu{.h = h_, .a = a});
+  {
+    const Tensor ds = visit_rows(width_);
+    visit_product(dy, plan_.visit_token, ExpertHalf::kDown, false, ds);
+    run(GatedSumBackward{.a = a,
+                         .ds = ds,
+                         .gates = gates_,
+                         .pair_index = plan_.pair_index,
+                         .pair_visit = plan_.pair_visit,
+                         .da = da,
+                         .dgates = dgates});
+  }
+  if (any_trainable(groups_, ExpertHalf::kDown)) {
+    weight_gradient(ExpertHalf::kDown, {.a = dy, .a_rows = plan_.visit_token, .b = gated_sum(a)});
+  }
+  for (const LowRankTerms& terms : low_rank_) terms.down_backward(plan_, dy, a, gates_, da, dgates);
+  if (!dx.defined() && low_rank_.empty() && !any_trainable(groups_, ExpertHalf::kGateUp)) return unmerged(dgates);
+
+  a.reset();
+  const Tensor dh = h_;  // dh takes the place of h
+  run(SwiGluBackward{.h = h_, .da = da, .dh = dh});
+  da.reset();
+  Tensor dh0 = dh;
+  if (!pairs_are_visits()) {
+    dh0 = empty(plan_.num_visits, 2 * width_);
+    run(SumPairs{.x = dh, .pair_visit = plan_.pair_visit, .y = dh0});
+  }
+  if (any_trainable(groups_, ExpertHalf::kGateUp)) {
+    weight_gradient(ExpertHalf::kGateUp, {.a = dh0, .b = x_, .b_rows = plan_.visit_token});
+  }
+  if (!dx.defined()) {
+    for (const LowRankTerms& terms : low_rank_) terms.gate_up_backward(plan_, dh, x_, {}, 0);
+    return unmerged(dgates);
+  }
+  const Tensor rows = visit_rows(hidden_);
+  visit_product(dh0, {}, ExpertHalf::kGateUp, false, rows);
+  combine(rows, dx, accumulate_dx, [&](size_t i, const Tensor& pair_rows, double beta) {
+    low_rank_[i].gate_up_backward(plan_, dh, x_, pair_rows, beta);
+  });
+  return unmerged(dgates);
+}
+
+}  // namespace
+
+Var moe_experts(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& slots, const Var& gates,
+                GemmCompute compute) {
+  const bool needs = x.needs_grad() || gates.needs_grad() || any_trainable(layer);
+  const auto pass = std::make_shared<MoeRun>(layer, compute, x.value, slots, gates.value);
+  const Var y = Tape::output(pass->forward(tape.recording() && needs), needs);
+  tape.record(y, [pass, dx = x.grad, dgates = gates.grad, shape = x.value.shape()](const Tensor& dy) {
+    bool accumulate = false;
+    const Tensor target = dx ? dx->target(shape, dy.dtype(), &accumulate) : Tensor();
+    const Tensor d = pass->backward(dy, target, accumulate);
+    if (dgates) dgates->add(d);
+  });
+  return y;
+}
+
+Tensor removed_mask(const MoeLayer& layer) {
+  std::vector<uint8_t> mask;
+  bool any = false;
+  for (const Slot& slot : layer.slots) {
+    mask.push_back(slot.kind == SlotKind::kRemoved);
+    any = any || mask.back() != 0;
+  }
+  return any ? Tensor::from(mask, {layer.num_slots()}) : Tensor();
+}
+
+}  // namespace lightmoe
