@@ -1,0 +1,126 @@
+#include "model/parameter_table.h"
+
+#include <fmt/format.h>
+
+#include <functional>
+
+namespace lightmoe {
+namespace {
+
+using List = std::vector<ParameterInfo>;
+
+void add_attention(List& list, const OlmoeConfig& c, int64_t layer) {
+  const std::string prefix = fmt::format("model.layers.{}.self_attn.", layer);
+  const int64_t d = c.hidden_size, kv = c.num_kv_heads * c.head_dim();
+  const auto add = [&](const char* name, std::vector<int64_t> shape, ParameterKind kind) {
+    list.push_back({prefix + name, std::move(shape), kind, layer});
+  };
+  add("q_proj.weight", {d, d}, ParameterKind::kAttention);
+  add("k_proj.weight", {kv, d}, ParameterKind::kAttention);
+  add("v_proj.weight", {kv, d}, ParameterKind::kAttention);
+  add("o_proj.weight", {d, d}, ParameterKind::kAttention);
+  add("q_norm.weight", {d}, ParameterKind::kNorm);
+  add("k_norm.weight", {kv}, ParameterKind::kNorm);
+}
+
+// Everything but the experts, which `add_experts` puts in after each router.
+List with_experts(const OlmoeConfig& c, const std::function<void(List&, int64_t layer)>& add_experts) {
+  List list;
+  const int64_t d = c.hidden_size;
+  list.push_back({"model.embed_tokens.weight", {c.vocab_size, d}, ParameterKind::kEmbedding});
+  for (int64_t l = 0; l < c.num_layers; ++l) {
+    const std::string prefix = fmt::format("model.layers.{}.", l);
+    list.push_back({prefix + "input_layernorm.weight", {d}, ParameterKind::kNorm, l});
+    add_attention(list, c, l);
+    list.push_back({prefix + "post_attention_layernorm.weight", {d}, ParameterKind::kNorm, l});
+    list.push_back({prefix + "mlp.gate.weight", {c.num_experts, d}, ParameterKind::kRouter, l});
+    add_experts(list, l);
+  }
+  list.push_back({"model.norm.weight", {d}, ParameterKind::kNorm});
+  if (!c.tie_word_embeddings) list.push_back({"lm_head.weight", {c.vocab_size, d}, ParameterKind::kHead});
+  return list;
+}
+
+std::vector<int64_t> expert_shape(const OlmoeConfig& c, ExpertMatrix matrix) {
+  if (matrix == ExpertMatrix::kDown) return {c.hidden_size, c.intermediate_size};
+  return {c.intermediate_size, c.hidden_size};
+}
+
+void add_adapter(List& list, const OlmoeConfig& c, int64_t layer, int64_t adapter, int64_t rank) {
+  for (const ExpertMatrix matrix : kExpertMatrices) {
+    const std::vector<int64_t> shape = expert_shape(c, matrix);
+    list.push_back(
+        {adapter_tensor_name(layer, adapter, matrix, false), {rank, shape[1]}, ParameterKind::kAdapter, layer});
+    list.push_back(
+        {adapter_tensor_name(layer, adapter, matrix, true), {shape[0], rank}, ParameterKind::kAdapter, layer});
+  }
+}
+
+}  // namespace
+
+std::string_view name_of(ParameterKind kind) {
+  switch (kind) {
+    case ParameterKind::kEmbedding:
+      return "embedding";
+    case ParameterKind::kNorm:
+      return "norm";
+    case ParameterKind::kAttention:
+      return "attention";
+    case ParameterKind::kRouter:
+      return "router";
+    case ParameterKind::kExpert:
+      return "experts";
+    case ParameterKind::kAdapter:
+      return "adapters";
+    case ParameterKind::kHead:
+      return "lm_head";
+  }
+  return "?";
+}
+
+int64_t ParameterInfo::numel() const {
+  int64_t count = 1;
+  for (const int64_t dim : shape) count *= dim;
+  return count;
+}
+
+std::string fused_tensor_name(int64_t layer, bool down) {
+  return fmt::format("model.layers.{}.mlp.experts.{}", layer, down ? "down_proj" : "gate_up_proj");
+}
+
+List stock_parameters(const OlmoeConfig& c, ExpertLayout layout) {
+  return with_experts(c, [&](List& list, int64_t l) {
+    if (layout == ExpertLayout::kFused) {
+      list.push_back({fused_tensor_name(l, false),
+                      {c.num_experts, 2 * c.intermediate_size, c.hidden_size},
+                      ParameterKind::kExpert,
+                      l});
+      list.push_back(
+          {fused_tensor_name(l, true), {c.num_experts, c.hidden_size, c.intermediate_size}, ParameterKind::kExpert, l});
+      return;
+    }
+    for (int64_t e = 0; e < c.num_experts; ++e) {
+      for (const ExpertMatrix m : kExpertMatrices) {
+        list.push_back({expert_tensor_name(l, e, m), expert_shape(c, m), ParameterKind::kExpert, l});
+      }
+    }
+  });
+}
+
+List compressed_parameters(const OlmoeConfig& c, const std::vector<LayerShape>& layers) {
+  return with_experts(c, [&](List& list, int64_t l) {
+    const LayerShape& shape = layers[static_cast<size_t>(l)];
+    for (size_t j = 0; j < shape.zero_expert.size(); ++j) {
+      if (shape.zero_expert[j]) continue;  // stands for W = 0, nothing stored
+      for (const ExpertMatrix m : kExpertMatrices) {
+        list.push_back(
+            {bank_tensor_name(l, static_cast<int64_t>(j), m), expert_shape(c, m), ParameterKind::kExpert, l});
+      }
+    }
+    for (size_t a = 0; a < shape.adapter_rank.size(); ++a) {
+      add_adapter(list, c, l, static_cast<int64_t>(a), shape.adapter_rank[a]);
+    }
+  });
+}
+
+}  // namespace lightmoe
