@@ -20,7 +20,8 @@ class LayerReader {
   LayerShape read() {
     check(layer_.is_object(), ErrorKind::kInput, "{} is not an object", where_);
     LayerShape shape;
-    shape.zero_expert.assign(static_cast<size_t>(integer(member(layer_, "experts"), "experts", 0, config_.num_experts)), 0);
+    shape.zero_expert.assign(static_cast<size_t>(integer(member(layer_, "experts"), "experts", 0, config_.num_experts)),
+                             0);
     const auto entries = static_cast<int64_t>(shape.zero_expert.size());
     if (layer_.contains("zero_experts")) {
       for (const Json& e : array(layer_, "zero_experts")) {
@@ -49,21 +50,25 @@ class LayerReader {
       slot.expert = static_cast<int32_t>(integer(experts[i], "slots.expert", -1, entries - 1));
       slot.adapter = static_cast<int32_t>(integer(adapters[i], "slots.adapter", -1, num_adapters - 1));
       if (slots.contains("kind")) slot.kind = kind(array(slots, "kind"), i, count);
-      check(slot.kind != SlotKind::kExpert || slot.expert >= 0, ErrorKind::kInput, "{}: slot {} points to no expert", where_, i);
+      check(slot.kind != SlotKind::kExpert || slot.expert >= 0, ErrorKind::kInput, "{}: slot {} points to no expert",
+            where_, i);
       if (slot.adapter >= 0) {
-        check(!used[static_cast<size_t>(slot.adapter)]++, ErrorKind::kInput, "{}: adapter {} belongs to two slots", where_,
-              slot.adapter);
+        check(!used[static_cast<size_t>(slot.adapter)]++, ErrorKind::kInput, "{}: adapter {} belongs to two slots",
+              where_, slot.adapter);
       }
       shape.slots.push_back(slot);
     }
   }
 
   SlotKind kind(const Json& kinds, size_t i, size_t count) const {
-    check(kinds.size() == count, ErrorKind::kInput, "{}: slots.kind has {} entries, expected {}", where_, kinds.size(), count);
+    check(kinds.size() == count, ErrorKind::kInput, "{}: slots.kind has {} entries, expected {}", where_, kinds.size(),
+          count);
     for (int k = 0; k < 4; ++k) {
-      if (kinds[i].is_string() && kinds[i].get_ref<const std::string&>() == kKindNames[k]) return static_cast<SlotKind>(k);
+      if (kinds[i].is_string() && kinds[i].get_ref<const std::string&>() == kKindNames[k])
+        return static_cast<SlotKind>(k);
     }
-    fail(ErrorKind::kInput, "{}: slots.kind[{}] is {}, expected expert, constant, latent or removed", where_, i, kinds[i].dump());
+    fail(ErrorKind::kInput, "{}: slots.kind[{}] is {}, expected expert, constant, latent or removed", where_, i,
+         kinds[i].dump());
   }
   const Json& member(const Json& object, const char* key) const {
     check(object.is_object() && object.contains(key), ErrorKind::kInput, "{}: key \"{}\" is missing", where_, key);
@@ -75,10 +80,12 @@ class LayerReader {
     return value;
   }
   int64_t integer(const Json& value, const char* key, int64_t low, int64_t high) const {
-    check(value.is_number_integer(), ErrorKind::kInput, "{}: {} holds {}, expected an integer", where_, key, value.dump());
+    check(value.is_number_integer(), ErrorKind::kInput, "{}: {} holds {}, expected an integer", where_, key,
+          value.dump());
     const bool huge = value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{1} << 62;
     const int64_t number = huge ? int64_t{1} << 62 : value.get<int64_t>();
-    check(number >= low && number <= high, ErrorKind::kInput, "{}: {} holds {}, expected {} to {}", where_, key, number, low, high);
+    check(number >= low && number <= high, ErrorKind::kInput, "{}: {} holds {}, expected {} to {}", where_, key, number,
+          low, high);
     return number;
   }
 
@@ -132,7 +139,8 @@ std::vector<LayerShape> slot_tables_from_json(const Json& object, const OlmoeCon
   check(object.contains("format") && object["format"] == kFormat, ErrorKind::kInput,
         "{}: lightmoe.format is {}, this version reads format {}", name,
         object.contains("format") ? object["format"].dump() : "missing", kFormat);
-  check(object.contains("layers") && object["layers"].is_array(), ErrorKind::kInput, "{}: lightmoe.layers is missing", name);
+  check(object.contains("layers") && object["layers"].is_array(), ErrorKind::kInput, "{}: lightmoe.layers is missing",
+        name);
   const Json& layers = object["layers"];
   check(static_cast<int64_t>(layers.size()) == config.num_layers, ErrorKind::kInput,
         "{}: lightmoe.layers has {} entries, expected {} (num_hidden_layers)", name, layers.size(), config.num_layers);
@@ -150,7 +158,8 @@ std::string bank_tensor_name(int64_t layer, int64_t entry, ExpertMatrix matrix) 
   return fmt::format("model.layers.{}.mlp.bank.{}.{}.weight", layer, entry, kProjections[static_cast<int>(matrix)]);
 }
 std::string adapter_tensor_name(int64_t layer, int64_t adapter, ExpertMatrix matrix, bool b) {
-  return fmt::format("model.layers.{}.mlp.adapters.{}.{}_{}", layer, adapter, kShortNames[static_cast<int>(matrix)], b ? "b" : "a");
+  return fmt::format("model.layers.{}.mlp.adapters.{}.{}_{}", layer, adapter, kShortNames[static_cast<int>(matrix)],
+                     b ? "b" : "a");
 }
 
 }  // namespace lightmoe

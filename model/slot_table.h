@@ -19,9 +19,9 @@
 namespace lightmoe {
 
 struct LayerShape {
-  std::vector<Slot> slots;           // E
-  std::vector<uint8_t> zero_expert;  // one per bank entry: 1 = W = 0, nothing stored
-  std::vector<int64_t> adapter_rank; // one per adapter
+  std::vector<Slot> slots;            // E
+  std::vector<uint8_t> zero_expert;   // one per bank entry: 1 = W = 0, nothing stored
+  std::vector<int64_t> adapter_rank;  // one per adapter
 };
 
 // The stock layer: slot i owns expert i.

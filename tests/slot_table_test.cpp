@@ -38,7 +38,8 @@ TEST(SlotTable, SurvivesTheRoundTrip) {
   for (const SlotKind kind : {SlotKind::kExpert, SlotKind::kRemoved}) {
     layers[0].slots[1].kind = kind;
     const Json written = slot_tables_to_json(layers, {{"name", "lightmoe"}});
-    const std::vector<LayerShape> read = slot_tables_from_json(Json::parse(written.dump()), small_config(), "config.json");
+    const std::vector<LayerShape> read =
+        slot_tables_from_json(Json::parse(written.dump()), small_config(), "config.json");
     ASSERT_EQ(read.size(), 2u);
     expect_equal(read[0], layers[0]);
     expect_equal(read[1], layers[1]);
