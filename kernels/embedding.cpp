@@ -6,8 +6,9 @@
 namespace lightmoe {
 namespace {
 
-constexpr int64_t kRowGrain = 16;
-constexpr int64_t kColumnGrain = 64;
+constexpr int64_t kGrainElements = 1 << 16;
+
+int64_t grain(int64_t cost) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, cost)); }
 
 // Of f32/bf16/f64, out may be the type of in, or f32 where in is bf16.
 template <class F> void visit_widening(const char* op, DType in, DType out, F&& f) {
@@ -23,7 +24,7 @@ template <class In, class Out> void forward(const Embedding& op) {
   const int32_t* ids = op.ids.data<int32_t>();
   const In* table = op.table.data<In>();
   Out* y = op.y.data<Out>();
-  parallel_for(0, op.ids.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, op.ids.dim(0), grain(width), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const In* from = table + ids[t] * width;
       for (int64_t i = 0; i < width; ++i) {
@@ -40,7 +41,7 @@ template <class In, class Out> void backward(const EmbeddingBackward& op) {
   const int32_t* ids = op.ids.data<int32_t>();
   const In* dy = op.dy.data<In>();
   Out* dtable = op.dtable.data<Out>();
-  parallel_for(0, width, kColumnGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, width, std::max<int64_t>(64, grain(rows)), [&](int64_t begin, int64_t end) {
     for (int64_t t = 0; t < rows; ++t) {
       const In* from = dy + t * width;
       Out* to = dtable + ids[t] * width;

@@ -7,6 +7,8 @@
 namespace lightmoe {
 namespace {
 
+constexpr int64_t kGrainElements = 1 << 16;
+
 int64_t counted_tokens(const Tensor& mask, int64_t rows) {
   if (!mask.defined()) return rows;
   const uint8_t* values = mask.data<uint8_t>();
@@ -30,7 +32,7 @@ std::vector<int64_t> count_slots(const std::vector<Tensor>& slots, const uint8_t
 template <class C>
 std::vector<double> sum_probs(const std::vector<Tensor>& probs, const uint8_t* mask, int64_t count) {
   std::vector<double> by_layer(probs.size() * static_cast<size_t>(count), 0.0);
-  parallel_items(static_cast<int64_t>(probs.size()), [&](int64_t layer) {
+  const auto sum_layer = [&](int64_t layer) {
     const Tensor& p = probs[static_cast<size_t>(layer)];
     const C* values = p.data<C>();
     double* sum = by_layer.data() + layer * count;
@@ -38,6 +40,9 @@ std::vector<double> sum_probs(const std::vector<Tensor>& probs, const uint8_t* m
       if (mask != nullptr && !mask[t]) continue;
       for (int64_t e = 0; e < count; ++e) sum[e] += static_cast<double>(values[t * count + e]);
     }
+  };
+  parallel_for(0, static_cast<int64_t>(probs.size()), kGrainElements / (probs[0].numel() + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t layer = begin; layer < end; ++layer) sum_layer(layer);
   });
   std::vector<double> total(static_cast<size_t>(count), 0.0);
   for (size_t i = 0; i < by_layer.size(); ++i) total[i % static_cast<size_t>(count)] += by_layer[i];
@@ -74,7 +79,7 @@ void forward_cpu(const LoadBalance& op) {
 }
 
 template <class C> void write_gradient(const LoadBalanceBackward& op, const Pool& pool, const std::vector<C>& gradient) {
-  parallel_for(0, pool.rows, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pool.rows, kGrainElements / (pool.count + 1) + 1, [&](int64_t begin, int64_t end) {
     for (const Tensor& layer : op.dprobs) {
       if (!layer.defined()) continue;
       C* out = layer.data<C>();

@@ -9,7 +9,7 @@
 namespace lightmoe {
 namespace {
 
-constexpr int64_t kRowGrain = 4;
+constexpr int64_t kGrainElements = 16384;
 
 template <class T> void rotate(const Rope& op) {
   using C = compute_t<T>;
@@ -23,7 +23,7 @@ template <class T> void rotate(const Rope& op) {
     frequency[static_cast<size_t>(i)] = std::pow(op.theta, exponent);
   }
   const double direction = op.inverse ? -1 : 1;
-  parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, kGrainElements / (width + 1) + 1, [&](int64_t begin, int64_t end) {
     std::vector<C> cosine(frequency.size()), sine(frequency.size());
     for (int64_t t = begin; t < end; ++t) {
       for (size_t i = 0; i < frequency.size(); ++i) {

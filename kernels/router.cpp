@@ -5,18 +5,45 @@
 
 #include "kernels/access.h"
 #include "kernels/cpu_math.h"
+#include "kernels/simd.h"
 #include "runtime/parallel.h"
 
 namespace lightmoe {
 namespace {
 
-constexpr int64_t kRowGrain = 8;
+constexpr int64_t kGrainElements = 1 << 18;  // of the products: below this a second thread does not pay
 
-template <class T, class W> compute_t<T> dot(const T* x, const W* w, int64_t n) {
-  compute_t<T> sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += load(x, i) * static_cast<compute_t<T>>(load(w, i));
-  return sum;
+int64_t row_grain(int64_t cost_of_row) { return std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, cost_of_row)); }
+
+// <x_r, w_e> for a few rows and slots at once. One accumulator each, filled in order of the columns: the same bits for any tile.
+template <int R, int S, class T, class W>
+void logits_tile(const T* x, const W* w, int64_t width, compute_t<T>* logits, int64_t count) {
+  using C = compute_t<T>;
+  Vec<C> sum[R][S] = {};
+  const int64_t whole = width / kLanes<C> * kLanes<C>;
+  for (int64_t i = 0; i < whole; i += kLanes<C>) {
+    Vec<C> factor[S];
+    for (int s = 0; s < S; ++s) factor[s] = load_vec(w + s * width + i);
+    for (int r = 0; r < R; ++r) {
+      const Vec<C> value = load_vec(x + r * width + i);
+      for (int s = 0; s < S; ++s) sum[r][s] += value * factor[s];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int s = 0; s < S; ++s) {
+      if (whole < width) {
+        sum[r][s] += load_part(x + r * width + whole, width - whole) * load_part(w + s * width + whole, width - whole);
+      }
+      logits[r * count + s] = sum_lanes<C>(sum[r][s]);
+    }
+  }
+}
+
+template <int R, class T, class W>
+void logits_of_rows(const T* x, const W* w, int64_t width, compute_t<T>* logits, int64_t count) {
+  int64_t e = 0;
+  for (; e + 4 <= count; e += 4) logits_tile<R, 4>(x, w + e * width, width, logits + e, count);
+  for (; e < count; ++e) logits_tile<R, 1>(x, w + e * width, width, logits + e, count);
 }
 
 template <class C> void softmax_kept(const C* logits, const uint8_t* removed, int64_t count, C* probs) {
@@ -55,9 +82,11 @@ template <class T, class W> void forward(const Router& op) {
   const uint8_t* removed = op.removed.defined() ? op.removed.data<uint8_t>() : nullptr;
   C *logits = op.logits.data<C>(), *probs = op.probs.data<C>(), *gates = op.gates.data<C>();
   int32_t* slots = op.slots.data<int32_t>();
-  parallel_for(0, op.x.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, op.x.dim(0), row_grain(width * count), [&](int64_t begin, int64_t end) {
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) logits_of_rows<4>(x + row * width, w, width, logits + row * count, count);
+    for (; row < end; ++row) logits_of_rows<1>(x + row * width, w, width, logits + row * count, count);
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t e = 0; e < count; ++e) logits[t * count + e] = dot(x + t * width, w + e * width, width);
       softmax_kept(logits + t * count, removed, count, probs + t * count);
       C* gate = gates + t * top_k;
       choose(probs + t * count, removed, count, top_k, slots + t * top_k, gate);
@@ -89,7 +118,7 @@ template <class C> void gather_dp(const RouterBackward& op, int64_t t, C* dp) {
 template <class C> void softmax_backward(const RouterBackward& op, C* dlogits) {
   const int64_t count = op.probs.dim(1);
   const C* probs = op.probs.data<C>();
-  parallel_for(0, op.probs.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, op.probs.dim(0), row_grain(8 * count), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       C* d = dlogits + t * count;
       const C* p = probs + t * count;
@@ -106,7 +135,7 @@ template <class T, class W> void input_gradient(const RouterBackward& op, const 
   const int64_t width = op.dx.dim(1), count = op.w.dim(0);
   const W* w = op.w.data<W>();
   T* dx = op.dx.data<T>();
-  parallel_for(0, op.dx.dim(0), kRowGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, op.dx.dim(0), row_grain(width * count), [&](int64_t begin, int64_t end) {
     std::vector<C> sum(static_cast<size_t>(width));
     for (int64_t t = begin; t < end; ++t) {
       std::fill(sum.begin(), sum.end(), C(0));
@@ -127,7 +156,7 @@ template <class T, class W> void weight_gradient(const RouterBackward& op, const
   const int64_t rows = op.x.dim(0), width = op.x.dim(1), count = op.dw.dim(0);
   const T* x = op.x.data<T>();
   W* dw = op.dw.data<W>();
-  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, row_grain(rows * width), [&](int64_t begin, int64_t end) {
     std::vector<C> sum(static_cast<size_t>(width));
     for (int64_t e = begin; e < end; ++e) {
       std::fill(sum.begin(), sum.end(), C(0));
