@@ -1,7 +1,23 @@
 #include "autograd/ops.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/router.h"
 
 namespace lightmoe {
+
+double lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& labels, double scale,
+                    GemmCompute compute) {
+  const Tensor loss = Tensor::empty({1}, DType::kF64);
+  require(scale > 0, "lm_head_loss: scale is {}, expected a positive number", scale);
+  LmHeadCrossEntropy op{
+      .x = x.value, .w = w->value, .labels = labels, .scale = scale, .compute = compute, .loss = loss};
+  if (tape.recording()) {
+    if (x.grad) op.dx = Tensor::empty(x.value.shape(), x.value.dtype());
+    if (w->trainable) op.dw = w->ensure_grad();
+  }
+  run(op);
+  if (op.dx.defined()) tape.record([dx = op.dx, slot = x.grad] { slot->add(dx); });
+  return loss.data<double>()[0] / scale;
+}
 
 double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots,
                          const Tensor& mask, double scale) {

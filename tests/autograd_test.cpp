@@ -113,6 +113,14 @@ TEST(Autograd, LoadBalanceLossPooledOverLayers) {
   expect_good(loss, {x}, {w1, w2});
 }
 
+TEST(Autograd, LmHeadLoss) {
+  const Var x = variable({6, 5}, 1);
+  const ParameterPtr w = parameter({9, 5}, 2);
+  const Tensor labels = Tensor::from<int32_t>({3, -100, 0, 8, 8, -100}, {6});
+  const double scale = 0.25;
+  expect_good([&](Tape& tape) { return scale * lm_head_loss(tape, x, w, labels, scale, {}); }, {x}, {w});
+}
+
 // A small block with a shared input and two outputs, run directly or recomputed.
 std::vector<Var> block(Tape& tape, const Var& x, const std::vector<ParameterPtr>& w) {
   const Var n = rms_norm(tape, x, w[0], 1e-5);

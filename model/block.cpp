@@ -1,0 +1,80 @@
+#include "model/block.h"
+
+#include "model/moe_op.h"
+#include "runtime/trace.h"
+
+namespace lightmoe {
+namespace {
+
+// Rows of the new tokens, sequence after sequence, to where the cache has room for them.
+void append_to_cache(const Tensor& rows, const Tensor& cached, const BlockContext& context) {
+  int64_t row = 0;
+  for (size_t n = 0; n < context.new_counts.size(); ++n) {
+    const int64_t count = context.new_counts[n];
+    const int64_t begin = static_cast<int64_t>(n) * context.cache->max_length + context.cache->lengths[n];
+    cached.slice(begin, begin + count).copy_from(rows.slice(row, row + count));
+    row += count;
+  }
+}
+
+Var projection(Tape& tape, const Var& x, const ParameterPtr& weight, const ParameterPtr& norm,
+               const BlockContext& context) {
+  Var y = linear(tape, x, weight, context.compute);
+  if (norm != nullptr) y = rms_norm(tape, y, norm, context.config.rms_norm_eps);
+  if (context.config.clip_qkv) y = clamp(tape, y, *context.config.clip_qkv);
+  return y;
+}
+
+}  // namespace
+
+Var attention_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context) {
+  const TraceRange trace(TraceLevel::kLayer, "attention", x.value.dim(0), context.layer);
+  const OlmoeConfig& config = context.config;
+  const AttentionWeights& w = block.attention;
+  const int64_t head_dim = config.head_dim();
+  Var n = rms_norm(tape, x, block.input_norm, config.rms_norm_eps);
+  Var q = projection(tape, n, w.q, w.q_norm, context);
+  Var k = projection(tape, n, w.k, w.k_norm, context);
+  Var v = projection(tape, n, w.v, nullptr, context);
+  n = {};
+  q = rope_in_place(tape, q, context.positions, head_dim, config.rope_theta);
+  k = rope_in_place(tape, k, context.positions, head_dim, config.rope_theta);
+  if (context.cache != nullptr) {
+    const auto layer = static_cast<size_t>(context.layer);
+    append_to_cache(k.value, context.cache->k[layer], context);
+    append_to_cache(v.value, context.cache->v[layer], context);
+    k = Tape::constant(context.cache->k[layer]), v = Tape::constant(context.cache->v[layer]);
+  }
+  Var out = attention(tape, q, k, v, context.sequences, head_dim);
+  q = k = v = {};
+  return add_in_place(tape, x, linear(tape, out, w.o, context.compute));
+}
+
+MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context, Recompute recompute) {
+  const TraceRange trace(TraceLevel::kLayer, "moe", x.value.dim(0), context.layer);
+  const OlmoeConfig& config = context.config;
+  const MoeLayer& layer = block.moe;
+  Var n = rms_norm(tape, x, block.post_attention_norm, config.rms_norm_eps);
+  MoeHalf half{.out = {},
+               .routing = router(tape, n, layer.router, removed_mask(layer), config.num_experts_per_token,
+                                 config.norm_topk_prob)};
+  const Routing& r = half.routing;
+  if (context.observer != nullptr && context.observer->on_router) {
+    context.observer->on_router({.layer = context.layer,
+                                 .x = n.value,
+                                 .logits = r.logits,
+                                 .probs = r.probs.value,
+                                 .slots = r.slots,
+                                 .gates = r.gates.value});
+  }
+  const auto experts = [&layer, slots = r.slots, compute = context.compute](Tape& t, const std::vector<Var>& in) {
+    return std::vector<Var>{moe_experts(t, in[0], layer, slots, in[1], compute)};
+  };
+  std::vector<Var> y =
+      recompute == Recompute::kMoe ? tape.checkpoint({n, r.gates}, experts) : experts(tape, {n, r.gates});
+  n = {};
+  half.out = add_in_place(tape, x, y[0]);
+  return half;
+}
+
+}  // namespace lightmoe

@@ -1,0 +1,30 @@
+#pragma once
+// One transformer block of OLMoE, as two halves on a tape (equations in model/olmoe.h). With a tape that does not record this is
+// inference; with a cache the keys and values of the new tokens are appended to it first and queries see all of it.
+
+#include "autograd/ops.h"
+#include "model/olmoe.h"
+
+namespace lightmoe {
+
+struct BlockContext {
+  const OlmoeConfig& config;
+  Tensor positions;              // i32 [T]
+  AttentionSequences sequences;  // key rows: of the cache if there is one, else of the batch
+  GemmCompute compute = GemmCompute::kF32;
+  int layer = 0;
+  KvCache* cache = nullptr;
+  std::vector<int32_t> new_counts;  // with a cache: new tokens of each sequence
+  const Observer* observer = nullptr;
+};
+
+// x + attention. x may be released by the caller afterwards.
+Var attention_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context);
+
+struct MoeHalf {
+  Var out;  // x + experts
+  Routing routing;
+};
+MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context, Recompute recompute);
+
+}  // namespace lightmoe

@@ -1,0 +1,177 @@
+#include "model/olmoe.h"
+
+#include <algorithm>
+
+#include "model/block.h"
+#include "runtime/trace.h"
+
+namespace lightmoe {
+namespace {
+
+// The whole block as a function of x, for recomputation: outputs x, router probabilities, slots (without gradient).
+std::vector<Var> block_forward(Tape& tape, const Var& x, const Block& block, const BlockContext& context,
+                               Recompute recompute) {
+  const Var middle = attention_half(tape, x, block, context);
+  MoeHalf half = moe_half(tape, middle, block, context, recompute);
+  return {half.out, half.routing.probs, Tape::constant(half.routing.slots)};
+}
+
+void observe_hidden(const Observer* observer, int layer, const Var& x) {
+  if (observer != nullptr && observer->on_hidden) observer->on_hidden(layer, x.value);
+}
+
+Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context) {
+  Tape tape(false);
+  Var x = embedding(tape, ids, model.embedding);
+  for (size_t l = 0; l < model.blocks.size(); ++l) {
+    context.layer = static_cast<int>(l);
+    observe_hidden(context.observer, context.layer, x);
+    x = attention_half(tape, x, model.blocks[l], context);
+    x = moe_half(tape, x, model.blocks[l], context, Recompute::kNone).out;
+  }
+  x = rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
+  observe_hidden(context.observer, static_cast<int>(model.blocks.size()), x);
+  return x.value;
+}
+
+int64_t count_labels(const Tensor& labels) {
+  const int32_t* values = labels.data<int32_t>();
+  return std::count_if(values, values + labels.numel(), [](int32_t label) { return label != -100; });
+}
+
+}  // namespace
+
+KvCache::KvCache(const OlmoeConfig& config, int64_t sequences, int64_t max, DType dtype)
+    : lengths(static_cast<size_t>(sequences), 0), max_length(max) {
+  const MemoryScope scope(MemoryCategory::kKvCache);
+  const Shape shape{sequences * max_length, config.num_kv_heads * config.head_dim()};
+  for (int64_t l = 0; l < config.num_layers; ++l) {
+    k.push_back(Tensor::empty(shape, dtype));
+    v.push_back(Tensor::empty(shape, dtype));
+  }
+}
+
+std::vector<ParameterPtr> Olmoe::parameters() const {
+  std::vector<ParameterPtr> all{embedding};
+  for (const Block& block : blocks) {
+    const AttentionWeights& a = block.attention;
+    all.insert(all.end(), {block.input_norm, a.q, a.k, a.v, a.o, a.q_norm, a.k_norm, block.post_attention_norm});
+    const std::vector<ParameterPtr> moe = block.moe.parameters();
+    all.insert(all.end(), moe.begin(), moe.end());
+  }
+  all.push_back(final_norm);
+  if (lm_head != embedding) all.push_back(lm_head);
+  return all;
+}
+
+void Olmoe::set_trainable(const std::function<bool(const std::string& name)>& rule) {
+  for (const ParameterPtr& p : parameters()) {
+    p->trainable = rule(p->name);
+    if (!p->trainable) p->grad.reset();
+  }
+}
+
+int64_t Olmoe::num_parameters() const {
+  int64_t count = 0;
+  for (const ParameterPtr& p : parameters()) count += p->value.numel();
+  return count;
+}
+
+int64_t Olmoe::stored_bytes() const {
+  int64_t bytes = 0;
+  for (const ParameterPtr& p : parameters()) bytes += p->value.bytes();
+  return bytes;
+}
+
+Tensor Olmoe::forward(const Batch& batch, const ForwardOptions& options) const {
+  const TraceRange trace(TraceLevel::kPhase, "forward", batch.tokens());
+  return run_blocks(*this, batch.ids,
+                    {.config = config,
+                     .positions = batch.positions,
+                     .sequences = batch.sequences,
+                     .compute = options.compute,
+                     .new_counts = {},
+                     .observer = options.observer});
+}
+
+Tensor Olmoe::forward_cached(const std::vector<int32_t>& ids, const std::vector<int32_t>& counts, KvCache& cache,
+                             const ForwardOptions& options) const {
+  const TraceRange trace(TraceLevel::kPhase, "forward_cached", static_cast<int64_t>(ids.size()));
+  require(counts.size() == cache.lengths.size(), "forward_cached: {} counts for a cache of {} sequences", counts.size(),
+          cache.lengths.size());
+  std::vector<int32_t> positions, q_begin{0}, k_begin, k_count;
+  for (size_t n = 0; n < counts.size(); ++n) {
+    const int32_t used = cache.lengths[n];
+    require(counts[n] >= 0 && used + counts[n] <= cache.max_length,
+            "forward_cached: sequence {} has {} tokens and {} new ones, the cache holds {}", n, used, counts[n],
+            cache.max_length);
+    for (int32_t j = 0; j < counts[n]; ++j) positions.push_back(used + j);
+    q_begin.push_back(q_begin.back() + counts[n]);
+    k_begin.push_back(static_cast<int32_t>(static_cast<int64_t>(n) * cache.max_length));
+    k_count.push_back(used + counts[n]);
+  }
+  require(positions.size() == ids.size(), "forward_cached: {} ids, the counts say {}", ids.size(), positions.size());
+  const auto tensor = [](const std::vector<int32_t>& values) {
+    return Tensor::from(values, {static_cast<int64_t>(values.size())});
+  };
+  const AttentionSequences sequences{.q_begin = tensor(q_begin),
+                                     .k_begin = tensor(k_begin),
+                                     .k_count = tensor(k_count),
+                                     .q_pos = tensor(cache.lengths)};
+  const Tensor hidden = run_blocks(*this, tensor(ids),
+                                   {.config = config,
+                                    .positions = tensor(positions),
+                                    .sequences = sequences,
+                                    .compute = options.compute,
+                                    .cache = &cache,
+                                    .new_counts = counts,
+                                    .observer = options.observer});
+  for (size_t n = 0; n < counts.size(); ++n) cache.lengths[n] += counts[n];
+  return hidden;
+}
+
+Tensor Olmoe::logits(const Tensor& hidden, const ForwardOptions& options) const {
+  Tape tape(false);
+  return linear(tape, Tape::constant(hidden), lm_head, options.compute).value;
+}
+
+TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& options) {
+  require(batch.labels.defined(), "forward_backward: the batch has no labels");
+  TrainLosses losses{.labels = count_labels(batch.labels)};
+  Tape tape;
+  {
+    const TraceRange trace(TraceLevel::kPhase, "forward", batch.tokens());
+    BlockContext context{.config = config,
+                         .positions = batch.positions,
+                         .sequences = batch.sequences,
+                         .compute = options.compute,
+                         .new_counts = {}};
+    std::vector<Var> probs;
+    std::vector<Tensor> slots;
+    Var x = lightmoe::embedding(tape, batch.ids, embedding);
+    for (size_t l = 0; l < blocks.size(); ++l) {
+      context.layer = static_cast<int>(l);
+      const Recompute inside = options.recompute;
+      const auto run_block = [&block = blocks[l], context, inside](Tape& t, const std::vector<Var>& in) {
+        return block_forward(t, in[0], block, context, inside);
+      };
+      std::vector<Var> out = inside == Recompute::kBlock ? tape.checkpoint({x}, run_block) : run_block(tape, {x});
+      x = out[0];
+      probs.push_back(out[1]);
+      slots.push_back(out[2].value);
+    }
+    x = rms_norm(tape, x, final_norm, config.rms_norm_eps);
+    losses.ce_sum = lm_head_loss(tape, x, lm_head, batch.labels, options.loss_scale, options.compute);
+    Tape reporting(false);
+    const double aux_scale = options.aux_coef * options.aux_scale;
+    losses.aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
+  }
+  const TraceRange trace(TraceLevel::kPhase, "backward", batch.tokens());
+  tape.backward();
+  for (const ParameterPtr& p : parameters()) {
+    if (p->trainable) p->ensure_grad();
+  }
+  return losses;
+}
+
+}  // namespace lightmoe

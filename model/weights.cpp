@@ -1,0 +1,201 @@
+#include "model/weights.h"
+
+#include <algorithm>
+
+#include "runtime/philox.h"
+
+namespace lightmoe {
+namespace {
+
+// A shape without memory.
+ParameterPtr declared(const Shape& shape) {
+  auto p = std::make_shared<Parameter>();
+  p->value = Tensor::borrow(nullptr, shape, DType::kF32);
+  return p;
+}
+
+MoeLayer declare_layer(const OlmoeConfig& c, const LayerShape& shape) {
+  MoeLayer layer{.router = declared({c.num_experts, c.hidden_size}),
+                 .slots = shape.slots,
+                 .experts = {},
+                 .adapters = {},
+                 .annealed = {}};
+  const int64_t d = c.hidden_size, f = c.intermediate_size;
+  for (const uint8_t is_zero : shape.zero_expert) {
+    layer.experts.push_back(is_zero ? Expert{} : Expert{.gate_up = declared({2 * f, d}), .down = declared({d, f})});
+  }
+  for (const int64_t r : shape.adapter_rank) {
+    layer.adapters.push_back({.a_gate_up = declared({2 * r, d}),
+                              .b_gate = declared({f, r}),
+                              .b_up = declared({f, r}),
+                              .a_down = declared({r, f}),
+                              .b_down = declared({d, r})});
+  }
+  return layer;
+}
+
+class Collector {
+ public:
+  void whole(const std::string& name, const ParameterPtr& p, const char* keys) {
+    rows(name, p, 0, p->value.dim(0), keys);
+  }
+  void rows(const std::string& name, const ParameterPtr& p, int64_t first, int64_t count, const char* keys) {
+    list_.push_back({.name = name, .parameter = p, .first_row = first, .rows = count, .config_keys = keys});
+  }
+  // The two matrices that share one parameter.
+  void halves(const std::string& first, const std::string& second, const ParameterPtr& p, const char* keys) {
+    const int64_t half = p->value.dim(0) / 2;
+    rows(first, p, 0, half, keys);
+    rows(second, p, half, half, keys);
+  }
+  void moe(int64_t l, const MoeLayer& layer, bool plain);
+  std::vector<StoredTensor> take() { return std::move(list_); }
+
+ private:
+  std::vector<StoredTensor> list_;
+};
+
+void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
+  whole(fmt::format("model.layers.{}.mlp.gate.weight", l), layer.router, "num_experts, hidden_size");
+  const auto name = [&](size_t e, ExpertMatrix m) {
+    const auto entry = static_cast<int64_t>(e);
+    return plain ? expert_tensor_name(l, entry, m) : bank_tensor_name(l, entry, m);
+  };
+  for (size_t e = 0; e < layer.experts.size(); ++e) {
+    const Expert& expert = layer.experts[e];
+    if (expert.gate_up == nullptr) continue;
+    halves(name(e, ExpertMatrix::kGate), name(e, ExpertMatrix::kUp), expert.gate_up, "intermediate_size, hidden_size");
+    whole(name(e, ExpertMatrix::kDown), expert.down, "hidden_size, intermediate_size");
+  }
+  for (size_t i = 0; i < layer.adapters.size(); ++i) {
+    const Adapter& a = layer.adapters[i];
+    const auto index = static_cast<int64_t>(i);
+    const auto adapter = [&](ExpertMatrix m, bool b) { return adapter_tensor_name(l, index, m, b); };
+    halves(adapter(ExpertMatrix::kGate, false), adapter(ExpertMatrix::kUp, false), a.a_gate_up,
+           "lightmoe.adapters, hidden_size");
+    whole(adapter(ExpertMatrix::kGate, true), a.b_gate, "intermediate_size, lightmoe.adapters");
+    whole(adapter(ExpertMatrix::kUp, true), a.b_up, "intermediate_size, lightmoe.adapters");
+    whole(adapter(ExpertMatrix::kDown, false), a.a_down, "lightmoe.adapters, intermediate_size");
+    whole(adapter(ExpertMatrix::kDown, true), a.b_down, "hidden_size, lightmoe.adapters");
+  }
+}
+
+bool is_norm(const std::string& name) { return name.ends_with("norm.weight"); }
+
+uint64_t fnv1a(const std::string& text) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return hash;
+}
+
+}  // namespace
+
+std::vector<int64_t> StoredTensor::shape() const {
+  const Shape& whole = parameter->value.shape();
+  std::vector<int64_t> dims{rows};
+  for (int i = 1; i < whole.rank(); ++i) dims.push_back(whole[i]);
+  return dims;
+}
+
+bool is_plain(const Olmoe& model) {
+  return std::all_of(model.blocks.begin(), model.blocks.end(), [](const Block& block) { return block.moe.is_plain(); });
+}
+
+std::vector<StoredTensor> stored_tensors(const Olmoe& model) {
+  Collector all;
+  const bool plain = is_plain(model);
+  all.whole("model.embed_tokens.weight", model.embedding, "vocab_size, hidden_size");
+  for (size_t l = 0; l < model.blocks.size(); ++l) {
+    const Block& block = model.blocks[l];
+    const AttentionWeights& a = block.attention;
+    const std::string prefix = fmt::format("model.layers.{}.", l);
+    const auto attention = [&](const char* name, const ParameterPtr& p, const char* keys) {
+      all.whole(fmt::format("{}self_attn.{}.weight", prefix, name), p, keys);
+    };
+    all.whole(prefix + "input_layernorm.weight", block.input_norm, "hidden_size");
+    attention("q_proj", a.q, "hidden_size");
+    attention("k_proj", a.k, "num_key_value_heads, num_attention_heads, hidden_size");
+    attention("v_proj", a.v, "num_key_value_heads, num_attention_heads, hidden_size");
+    attention("o_proj", a.o, "hidden_size");
+    attention("q_norm", a.q_norm, "hidden_size");
+    attention("k_norm", a.k_norm, "num_key_value_heads, num_attention_heads, hidden_size");
+    all.whole(prefix + "post_attention_layernorm.weight", block.post_attention_norm, "hidden_size");
+    all.moe(static_cast<int64_t>(l), block.moe, plain);
+  }
+  all.whole("model.norm.weight", model.final_norm, "hidden_size");
+  if (model.lm_head != model.embedding) all.whole("lm_head.weight", model.lm_head, "vocab_size, hidden_size");
+  return all.take();
+}
+
+std::unique_ptr<Olmoe> declare_model(const OlmoeConfig& config, const std::vector<LayerShape>& layers) {
+  require(static_cast<int64_t>(layers.size()) == config.num_layers, "declare_model: {} layer shapes for {} layers",
+          layers.size(), config.num_layers);
+  auto model = std::make_unique<Olmoe>();
+  model->config = config;
+  const int64_t d = config.hidden_size, kv = config.num_kv_heads * config.head_dim();
+  model->embedding = declared({config.vocab_size, d});
+  for (const LayerShape& shape : layers) {
+    model->blocks.push_back({.input_norm = declared({d}),
+                             .post_attention_norm = declared({d}),
+                             .attention = {.q = declared({d, d}),
+                                           .k = declared({kv, d}),
+                                           .v = declared({kv, d}),
+                                           .o = declared({d, d}),
+                                           .q_norm = declared({d}),
+                                           .k_norm = declared({kv})},
+                             .moe = declare_layer(config, shape)});
+  }
+  model->final_norm = declared({d});
+  model->lm_head = config.tie_word_embeddings ? model->embedding : declared({config.vocab_size, d});
+  name_parameters(*model);
+  return model;
+}
+
+void allocate_weights(Olmoe& model, DType dtype) {
+  const MemoryScope scope(MemoryCategory::kWeights);
+  for (const ParameterPtr& p : model.parameters()) p->value = Tensor::empty(p->value.shape(), dtype);
+}
+
+ParameterPtr make_parameter(const std::string& name, const Shape& shape, DType dtype) {
+  const MemoryScope scope(MemoryCategory::kWeights);
+  auto p = std::make_shared<Parameter>();
+  p->name = name;
+  p->value = Tensor::empty(shape, dtype);
+  return p;
+}
+
+void name_parameters(Olmoe& model) {
+  for (const StoredTensor& stored : stored_tensors(model)) {
+    std::string name = stored.name;
+    if (stored.rows != stored.parameter->value.dim(0)) {
+      if (stored.first_row != 0) continue;
+      const size_t at = name.rfind("gate");  // gate_proj.weight or gate_a: the first of two
+      name.replace(at, 4, "gate_up");
+    }
+    stored.parameter->name = name;
+  }
+}
+
+void fill_random(const std::string& name, const OlmoeConfig& config, uint64_t seed, int64_t first, const Tensor& out) {
+  constexpr int64_t kPiece = 1 << 20;
+  const auto stddev = static_cast<float>(config.initializer_range);
+  std::vector<float> piece(static_cast<size_t>(std::min(kPiece, out.numel())), 1.0f);
+  for (int64_t i = 0; i < out.numel(); i += kPiece) {
+    const int64_t count = std::min(kPiece, out.numel() - i);
+    if (!is_norm(name)) fill_normal(piece.data(), count, stddev, seed, fnv1a(name), first + i);
+    char* to = static_cast<char*>(out.raw()) + i * static_cast<int64_t>(size_of(out.dtype()));
+    convert(piece.data(), DType::kF32, to, out.dtype(), static_cast<size_t>(count));
+  }
+}
+
+std::unique_ptr<Olmoe> random_model(const OlmoeConfig& config, DType dtype, uint64_t seed) {
+  const std::vector<LayerShape> layers(static_cast<size_t>(config.num_layers), plain_layer_shape(config.num_experts));
+  std::unique_ptr<Olmoe> model = declare_model(config, layers);
+  allocate_weights(*model, dtype);
+  for (const StoredTensor& stored : stored_tensors(*model)) {
+    fill_random(stored.name, config, seed, 0, stored.view(stored.parameter->value));
+  }
+  return model;
+}
+
+}  // namespace lightmoe
