@@ -104,7 +104,7 @@ struct EvalPoint {
 struct TrainerHooks {
   std::function<void(int64_t step)> before_step;     // before the forward pass of step 1..steps
   std::function<void(const StepStats&)> after_step;  // after the update
-  std::function<EvalPoint(int64_t step)> evaluate;  // may poll stop_requested()
+  std::function<EvalPoint(int64_t step)> evaluate;   // may poll stop_requested()
   std::function<void(const std::filesystem::path&)>
       save_model;                                    // writes a loadable model into a checkpoint being prepared
   std::function<Json()> save_extra;                  // state of the hooks themselves, into state.json
