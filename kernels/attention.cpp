@@ -1,143 +1,116 @@
 #include "kernels/attention.h"
 
-#include <cmath>
-#include <limits>
-#include <vector>
-
-#include "kernels/access.h"
-#include "kernels/cpu_math.h"
-#include "runtime/parallel.h"
+#include "kernels/attention_tiles.h"
 
 namespace lightmoe {
 namespace {
 
-template <class Op> struct Sizes {
-  int64_t queries, keys, sequences, heads, kv_heads, head_dim, group;
-  explicit Sizes(const Op& op)
-      : queries(op.q.dim(0)),
-        keys(op.k.dim(0)),
-        sequences(op.sequences.k_begin.dim(0)),
-        heads(op.q.dim(1) / op.head_dim),
-        kv_heads(op.k.dim(1) / op.head_dim),
-        head_dim(op.head_dim),
-        group(heads / kv_heads) {}
+using namespace attention_detail;
+
+// A block of query rows times the heads that share a key head; row r of the tile is query r / group, head r % group.
+struct QueryTile {
+  Span span;
+  int64_t kv_head, first, queries;
 };
 
-struct Span {
-  int64_t q_begin, q_end, k_begin, k_count, q_pos;
-  int64_t visible(int64_t row) const { return std::min(k_count, q_pos + (row - q_begin) + 1); }
+template <class C> struct Workspace {
+  int64_t width;  // head_dim, padded to whole vectors
+  Tensor memory;
+  C *q, *keys, *values, *scores, *out, *largest, *sum;
+  explicit Workspace(const Sizes& z) : width(round_up(z.head_dim, kLanes<C>)) {
+    const MemoryScope scope(MemoryCategory::kScratch);
+    const int64_t rows = z.tile_rows();
+    memory = Tensor::empty({2 * rows * width + 2 * kKeyBlock * width + rows * kKeyBlock + 2 * rows}, dtype_of<C>);
+    q = memory.data<C>();
+    out = q + rows * width;
+    keys = out + rows * width;
+    values = keys + kKeyBlock * width;
+    scores = values + kKeyBlock * width;
+    largest = scores + rows * kKeyBlock;
+    sum = largest + rows;
+  }
 };
-Span span_of(const AttentionSequences& s, int64_t n) {
-  return {s.q_begin.data<int32_t>()[n], s.q_begin.data<int32_t>()[n + 1], s.k_begin.data<int32_t>()[n],
-          s.k_count.data<int32_t>()[n], s.q_pos.data<int32_t>()[n]};
+
+// Running softmax of one row over one block of keys (FlashAttention, arXiv 2205.14135): scores become unnormalised probabilities,
+// what was summed before is rescaled to the new maximum. Keys that the row does not see, or that do not exist, get probability 0,
+// which changes no bit of the sums: so a row's result does not depend on how many more keys its tile or its cache has.
+template <class C> void softmax_row(C* scores, int64_t seen, int64_t padded, C* largest, C* sum, C* out, int64_t width) {
+  if (seen <= 0) {
+    std::fill(scores, scores + padded, C(0));
+    return;
+  }
+  for (int64_t i = seen; i < padded; ++i) scores[i] = -std::numeric_limits<C>::infinity();
+  C peak = *largest;
+#pragma omp simd reduction(max : peak)
+  for (int64_t i = 0; i < padded; ++i) peak = std::max(peak, scores[i]);
+  const C correction = exp_of(*largest - peak);
+#pragma omp simd
+  for (int64_t i = 0; i < padded; ++i) scores[i] = exp_of(scores[i] - peak);
+  Vec<C> total = {};
+  for (int64_t i = 0; i < padded; i += kLanes<C>) total += load_vec(scores + i);
+  *sum = *sum * correction + sum_lanes<C>(total);
+  *largest = peak;
+  for (int64_t d = 0; d < width; ++d) out[d] *= correction;
 }
 
-template <class C, class A, class B> C dot(const A* a, const B* b, int64_t n) {
-  C sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<C>(load(a, i)) * static_cast<C>(load(b, i));
-  return sum;
+template <class T, class K>
+void attend(const Attention& op, const Sizes& z, const QueryTile& tile, Workspace<compute_t<T>>* w) {
+  using C = compute_t<T>;
+  const int64_t rows = tile.queries * z.group, width = w->width, kv_row = z.kv_heads * z.head_dim;
+  const int64_t q_row = tile.span.q_begin + tile.first, first_head = tile.kv_head * z.group;
+  const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(z.head_dim)));
+  for (int64_t j = 0; j < tile.queries; ++j) {
+    const T* q = op.q.data<T>() + ((q_row + j) * z.heads + first_head) * z.head_dim;
+    copy_tile(q, z.head_dim, z.group, z.head_dim, scale, w->q + j * z.group * width, width);
+  }
+  std::fill(w->out, w->out + rows * width, C(0));
+  std::fill(w->sum, w->sum + rows, C(0));
+  std::fill(w->largest, w->largest + rows, -std::numeric_limits<C>::infinity());
+  const int64_t end = tile.span.visible(tile.first + tile.queries - 1);
+  for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+    const int64_t count = std::min(kKeyBlock, end - begin), padded = round_up(count, kLanes<C>);
+    const int64_t at = (tile.span.k_begin + begin) * kv_row + tile.kv_head * z.head_dim;
+    transpose_tile(op.k.data<K>() + at, kv_row, count, z.head_dim, w->keys);
+    copy_tile(op.v.data<K>() + at, kv_row, count, z.head_dim, C(1), w->values, width);
+    tile_product<C>(rows, padded, z.head_dim, {w->q, width, 1}, w->keys, kKeyBlock, {w->scores, kKeyBlock, false});
+    for (int64_t r = 0; r < rows; ++r) {
+      softmax_row(w->scores + r * kKeyBlock, std::min(count, tile.span.visible(tile.first + r / z.group) - begin), padded,
+                  w->largest + r, w->sum + r, w->out + r * width, width);
+    }
+    tile_product<C>(rows, width, count, {w->scores, kKeyBlock, 1}, w->values, width, {w->out, width, true});
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = q_row + r / z.group, head = first_head + r % z.group;
+    const C inverse = w->sum[r] > 0 ? C(1) / w->sum[r] : w->sum[r];  // no key: 0; NaN stays
+    T* out = op.out.data<T>() + (row * z.heads + head) * z.head_dim;
+    for (int64_t d = 0; d < z.head_dim; ++d) store(out, d, w->out[r * width + d] * inverse);
+    if (op.lse.defined()) op.lse.data<C>()[head * z.queries + row] = w->largest[r] + std::log(w->sum[r]);
+  }
 }
 
 template <class T, class K> void forward(const Attention& op) {
-  using C = compute_t<T>;
-  const Sizes<Attention> z(op);
-  const T* q = op.q.data<T>();
-  const K *k = op.k.data<K>(), *v = op.v.data<K>();
-  T* out = op.out.data<T>();
-  C* lse = op.lse.defined() ? op.lse.data<C>() : nullptr;
-  const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(z.head_dim)));
-  parallel_items(z.sequences * z.heads, [&](int64_t item) {
-    const int64_t head = item % z.heads, kv = head / z.group * z.head_dim;
-    const Span span = span_of(op.sequences, item / z.heads);
-    std::vector<C> p(static_cast<size_t>(std::max<int64_t>(span.k_count, 0))), sum(static_cast<size_t>(z.head_dim));
-    for (int64_t row = span.q_begin; row < span.q_end; ++row) {
-      const int64_t visible = std::max<int64_t>(span.visible(row), 0);
-      C largest = -std::numeric_limits<C>::infinity(), total = 0;
-      for (int64_t j = 0; j < visible; ++j) {
-        const K* key = k + (span.k_begin + j) * z.kv_heads * z.head_dim + kv;
-        p[static_cast<size_t>(j)] = scale * dot<C>(q + (row * z.heads + head) * z.head_dim, key, z.head_dim);
-        largest = std::max(largest, p[static_cast<size_t>(j)]);
-      }
-      std::fill(sum.begin(), sum.end(), C(0));
-      for (int64_t j = 0; j < visible; ++j) {
-        const C weight = exp_of(p[static_cast<size_t>(j)] - largest);
-        total += weight;
-        const K* value = v + (span.k_begin + j) * z.kv_heads * z.head_dim + kv;
-        for (int64_t d = 0; d < z.head_dim; ++d) sum[static_cast<size_t>(d)] += weight * static_cast<C>(load(value, d));
-      }
-      for (int64_t d = 0; d < z.head_dim; ++d) {
-        store(out, (row * z.heads + head) * z.head_dim + d, visible > 0 ? sum[static_cast<size_t>(d)] / total : C(0));
-      }
-      if (lse != nullptr) lse[head * z.queries + row] = largest + std::log(total);
+  const Sizes z(op);
+  std::vector<QueryTile> tiles;
+  int64_t cost = 0;
+  for (int64_t n = 0; n < z.sequences; ++n) {
+    const Span span = span_of(op.sequences, n);
+    // Last queries first: they see most keys, and the long items should not be the last to start.
+    for (int64_t end = span.queries; end > 0; end -= z.query_block()) {
+      const int64_t first = std::max<int64_t>(0, end - z.query_block());
+      for (int64_t head = 0; head < z.kv_heads; ++head) tiles.push_back({span, head, first, end - first});
+      cost += (end - first) * (span.visible(end - 1) + 1) * z.heads * z.head_dim;
     }
-  });
-}
-
-template <class T, class K> void backward(const AttentionBackward& op) {
-  using C = compute_t<T>;
-  const Sizes<AttentionBackward> z(op);
-  const T *q = op.q.data<T>(), *out = op.out.data<T>(), *dout = op.dout.data<T>();
-  const K *k = op.k.data<K>(), *v = op.v.data<K>();
-  const C* lse = op.lse.data<C>();
-  T* dq = op.dq.data<T>();
-  K *dk = op.dk.data<K>(), *dv = op.dv.data<K>();
-  op.dq.fill_zero(), op.dk.fill_zero(), op.dv.fill_zero();
-  const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(z.head_dim)));
-  const int64_t width = z.head_dim;
-  parallel_items(z.sequences * z.kv_heads, [&](int64_t item) {
-    const int64_t kv_head = item % z.kv_heads;
-    const Span span = span_of(op.sequences, item / z.kv_heads);
-    const size_t key_elements = static_cast<size_t>(std::max<int64_t>(span.k_count, 0) * width);
-    std::vector<C> dk_sum(key_elements, C(0)), dv_sum(key_elements, C(0)), dq_sum(static_cast<size_t>(width));
-    for (int64_t head = kv_head * z.group; head < (kv_head + 1) * z.group; ++head) {
-      for (int64_t row = span.q_begin; row < span.q_end; ++row) {
-        const int64_t offset = (row * z.heads + head) * width;
-        const C delta = dot<C>(out + offset, dout + offset, width);
-        std::fill(dq_sum.begin(), dq_sum.end(), C(0));
-        for (int64_t j = 0; j < span.visible(row); ++j) {
-          const int64_t key = ((span.k_begin + j) * z.kv_heads + kv_head) * width;
-          const C p = exp_of(scale * dot<C>(q + offset, k + key, width) - lse[head * z.queries + row]);
-          const C ds = scale * p * (dot<C>(dout + offset, v + key, width) - delta);
-          C *dk_row = dk_sum.data() + j * width, *dv_row = dv_sum.data() + j * width;
-          for (int64_t d = 0; d < width; ++d) {
-            dv_row[d] += p * load(dout, offset + d);
-            dk_row[d] += ds * load(q, offset + d);
-            dq_sum[static_cast<size_t>(d)] += ds * static_cast<C>(load(k, key + d));
-          }
-        }
-        for (int64_t d = 0; d < width; ++d) store(dq, offset + d, dq_sum[static_cast<size_t>(d)]);
-      }
-    }
-    for (int64_t j = 0; j < span.k_count; ++j) {
-      const int64_t key = ((span.k_begin + j) * z.kv_heads + kv_head) * width;
-      for (int64_t d = 0; d < width; ++d) {
-        store(dk, key + d, static_cast<compute_t<K>>(dk_sum[static_cast<size_t>(j * width + d)]));
-        store(dv, key + d, static_cast<compute_t<K>>(dv_sum[static_cast<size_t>(j * width + d)]));
-      }
-    }
-  });
-}
-
-// f(T, K): the type of q and the type of k and v, which is the same or bf16 under f32.
-template <class F> void visit_types(const char* op, DType q, DType kv, F&& f) {
-  visit_floating(op, q, [&]<class T>() {
-    if (kv == q) return f.template operator()<T, T>();
-    if constexpr (std::is_same_v<T, float>) {
-      if (kv == DType::kBF16) return f.template operator()<T, bf16>();
-    }
-    unsupported_dtype(op, kv);
+  }
+  share_items(static_cast<int64_t>(tiles.size()), cost, [&](const auto& next) {
+    Workspace<compute_t<T>> workspace(z);
+    for (int64_t i = next(); i >= 0; i = next()) attend<T, K>(op, z, tiles[static_cast<size_t>(i)], &workspace);
   });
 }
 
 void forward_cpu(const Attention& op) {
   visit_types("attention", op.q.dtype(), op.k.dtype(), [&]<class T, class K>() { forward<T, K>(op); });
 }
-void backward_cpu(const AttentionBackward& op) {
-  visit_types("attention_backward", op.q.dtype(), op.k.dtype(), [&]<class T, class K>() { backward<T, K>(op); });
-}
 const RegisterKernel<Attention> register_forward{DeviceKind::kCpu, &forward_cpu};
-const RegisterKernel<AttentionBackward> register_backward{DeviceKind::kCpu, &backward_cpu};
 
 template <class Op> void check_inputs(const Op& op, const char* name) {
   require(op.head_dim > 0, "{}: head_dim is {}", name, op.head_dim);
@@ -164,9 +137,9 @@ template <class Op> void check_sequences(const Op& op, const char* name) {
           s.q_begin.template data<int32_t>()[shape[0]], op.q.dim(0));
   for (int64_t n = 0; n < shape[0]; ++n) {
     const Span span = span_of(s, n);
-    require(span.q_begin <= span.q_end && span.k_begin >= 0 && span.k_count >= 0 && span.k_begin + span.k_count <= op.k.dim(0),
-            "{}: sequence {} has queries [{}, {}) and keys {} + {} of {}", name, n, span.q_begin, span.q_end, span.k_begin,
-            span.k_count, op.k.dim(0));
+    require(span.queries >= 0 && span.k_begin >= 0 && span.k_count >= 0 && span.k_begin + span.k_count <= op.k.dim(0),
+            "{}: sequence {} has {} queries and keys {} + {} of {}", name, n, span.queries, span.k_begin, span.k_count,
+            op.k.dim(0));
   }
 }
 
