@@ -1,6 +1,6 @@
 #pragma once
 // Outputs appear complete or not at all. An OutputDirectory is written under a temporary sibling name, then every file and the
-// directory are fsynced, a completeness marker (.complete: one line per file with XXH3-128, size and name) is written last, and the
+// directory are fsynced, a completeness marker (.complete: one line per file with XXH3-128, size and name, then their number) is written last, and the
 // directory is renamed into place. A failure or destruction without commit() removes the temporary directory; what a killed
 // process left behind is removed (or, in the middle of a replacement, put back) by the next one that writes the same target.
 // All file writing of the program goes through this header, so that tests can make the n-th write fail or the process stop there.

@@ -144,12 +144,16 @@ void sync_tree(const fs::path& directory) {
   sync_directory(directory);
 }
 
+std::string last_marker_line(size_t files) { return fmt::format("{} files\n", files); }
+
 void write_marker(const fs::path& directory) {
   std::string marker;
-  for (const fs::path& file : files_under(directory)) {
+  const std::vector<fs::path> files = files_under(directory);
+  for (const fs::path& file : files) {
     require(file.native().find('\n') == std::string::npos, "{}: a line break in an output file name", file.string());
     marker += fmt::format("{} {} {}\n", hash_file(directory / file), fs::file_size(directory / file), file.string());
   }
+  marker += last_marker_line(files.size());
   write_file_atomically(directory / kMarker, marker);
 }
 
@@ -241,13 +245,15 @@ bool is_complete(const fs::path& directory, bool verify_hashes, std::string* why
   if (!is_there(marker)) return no(fmt::format("{}: not there", marker.string()));
   try {
     const std::string text = read_file(marker, kMaxMarkerBytes);
-    if (!text.empty() && text.back() != '\n') return no(fmt::format("{}: its last line is cut", marker.string()));
-    for (size_t begin = 0; begin < text.size();) {
-      const size_t end = text.find('\n', begin);
+    size_t begin = 0, files = 0;
+    while (begin < text.size() && std::string_view(text).substr(begin) != last_marker_line(files)) {
+      const size_t end = std::min(text.find('\n', begin), text.size());
       MarkerLine line;
-      if (!parse_marker_line(text.substr(begin, end - begin), &line))
-        return no(fmt::format("{}: bad line", marker.string()));
+      if (!parse_marker_line(text.substr(begin, end - begin), &line)) {
+        return no(fmt::format("{}: bad line {}", marker.string(), files + 1));
+      }
       begin = end + 1;
+      ++files;
       const fs::path file = directory / line.name;
       const uint64_t size = InputFile(file).size();
       if (size != line.size) return no(fmt::format("{}: {} bytes, {} when written", file.string(), size, line.size));
@@ -255,6 +261,7 @@ bool is_complete(const fs::path& directory, bool verify_hashes, std::string* why
         return no(fmt::format("{}: contents changed since written (XXH3-128)", file.string()));
       }
     }
+    if (begin >= text.size()) return no(fmt::format("{}: cut after {} lines", marker.string(), files));
   } catch (const Error& error) {
     return no(error.what());
   }

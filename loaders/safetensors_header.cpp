@@ -40,7 +40,7 @@ constexpr std::array kFileDTypes{
     FileDType{"F4", 4, {}},
 };
 constexpr size_t kMaxRank = 64, kMaxNameBytes = 4096;
-constexpr JsonLimits kHeaderLimits{.max_bytes = kMaxHeaderBytes, .max_depth = 3, .max_values = 4'000'000};
+constexpr JsonLimits kHeaderLimits{.max_bytes = kMaxHeaderBytes, .max_depth = 4, .max_values = 2'000'000};
 
 const FileDType* find_file_dtype(std::string_view name) {
   const auto* found =

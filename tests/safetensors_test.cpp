@@ -96,5 +96,116 @@ TEST(Safetensors, GoldenFoldersAgree) {
   }
 }
 
+TEST(Safetensors, FusedExpertsByRows) {
+  const Checkpoint plain("tests/golden/plain"), fused("tests/golden/plain-fused");
+  const std::string prefix = "model.layers.1.mlp.experts.";
+  const TensorInfo& info = fused.info(prefix + "gate_up_proj");
+  ASSERT_EQ(info.shape, (std::vector<int64_t>{8, 64, 64}));
+  for (int64_t e = 0; e < 8; ++e) {
+    const Tensor both = Tensor::empty({1, 64, 64}, DType::kF32);
+    fused.file_of(info.name).read_rows(info, e, both);
+    const std::string expert = prefix + std::to_string(e);
+    EXPECT_TRUE(bits_equal(both.row(0).slice(0, 32), plain.read(expert + ".gate_proj.weight", DType::kF32)));
+    EXPECT_TRUE(bits_equal(both.row(0).slice(32, 64), plain.read(expert + ".up_proj.weight", DType::kF32)));
+  }
+  EXPECT_TRUE(fails_with(ErrorKind::kInput, {"gate_up_proj", "[8, 64, 64]", "7..9", "[2, 64, 64]"}, [&] {
+    fused.file_of(info.name).read_rows(info, 7, Tensor::empty({2, 64, 64}, DType::kF32));
+  }));
+  EXPECT_TRUE(fails_with(ErrorKind::kInput, {"gate_up_proj", "[1, 64, 63]"}, [&] {
+    fused.file_of(info.name).read_rows(info, 0, Tensor::empty({1, 64, 63}, DType::kF32));
+  }));
+}
+
+TEST(Safetensors, RowsOfEveryRangeConvert) {
+  const TempDir dir;
+  const Tensor x = random_tensor({7, 3, 2}, DType::kBF16, 8);
+  write_safetensors(dir / "x.safetensors", {{"odd", integers({1}, DType::kU8, 9)}, {"x", x}});  // x at an odd address
+  const SafetensorsFile file(dir / "x.safetensors");
+  for (int64_t begin = 0; begin <= 7; ++begin) {
+    for (int64_t end = begin; end <= 7; ++end) {
+      const Tensor rows = Tensor::empty({end - begin, 3, 2}, DType::kF32);
+      file.read_rows(*file.find("x"), begin, rows);
+      EXPECT_TRUE(bits_equal(rows, x.slice(begin, end).to(DType::kF32)));
+    }
+  }
+}
+
+// Larger than the pieces of reading and converting, with a remainder, at an odd offset.
+TEST(Safetensors, LargeTensorsGoInPieces) {
+  const TempDir dir;
+  const Tensor x = random_tensor({3, 1'000'003}, DType::kF32, 10);
+  SafetensorsWriter writer(
+      dir.path(), {{"odd", DType::kU8, {1}}, {"x", DType::kF32, {3, 1'000'003}}, {"half", DType::kF16, {3'000'009}}},
+      {});
+  writer.write("odd", integers({1}, DType::kU8, 11));
+  const char* bytes = static_cast<const char*>(x.raw());
+  for (int64_t done = 0, piece = 1; done < x.bytes(); done += piece, piece = piece * 3 + 1) {  // pieces of any size
+    writer.append_raw(bytes + done, static_cast<size_t>(std::min(piece, x.bytes() - done)));
+  }
+  writer.write("half", x.reshape({3'000'009}));
+  writer.finish();
+  const Checkpoint checkpoint(dir.path());
+  EXPECT_TRUE(bits_equal(checkpoint.read("x", DType::kF32), x));
+  EXPECT_TRUE(bits_equal(checkpoint.read("x", DType::kBF16), x.to(DType::kBF16)));
+  EXPECT_TRUE(bits_equal(checkpoint.read("half", DType::kF32).reshape(x.shape()), x.to(DType::kF16).to(DType::kF32)));
+}
+
+TEST(Safetensors, IntegersOfEveryWidthAreRangeChecked) {
+  const TempDir dir;
+  const auto file_with = [&](const std::string& dtype, const std::string& data, int64_t count) {
+    const std::string header = R"({"t":{"dtype":")" + dtype + R"(","shape":[)" + std::to_string(count) +
+                               R"(],"data_offsets":[0,)" + std::to_string(data.size()) + "]}}";
+    put_file(dir / "t.safetensors", safetensors_bytes(header, data));
+    return SafetensorsFile(dir / "t.safetensors");
+  };
+  const std::string minus_one(8, '\xff');
+  EXPECT_EQ(file_with("I8", minus_one.substr(0, 1), 1).read("t", DType::kI32).data<int32_t>()[0], -1);
+  EXPECT_EQ(file_with("I16", minus_one.substr(0, 2), 1).read("t", DType::kI32).data<int32_t>()[0], -1);
+  EXPECT_EQ(file_with("U16", minus_one.substr(0, 2), 1).read("t", DType::kI32).data<int32_t>()[0], 65535);
+  EXPECT_EQ(file_with("I64", minus_one, 1).read("t", DType::kI32).data<int32_t>()[0], -1);
+  EXPECT_EQ(file_with("I32", minus_one, 2).read("t", DType::kI64).data<int64_t>()[1], -1);
+  EXPECT_EQ(file_with("BOOL", std::string("\1\0", 2), 2).read("t").data<uint8_t>()[0], 1);
+  const auto refused = [&](const std::string& dtype, const std::string& data, DType as, const std::string& value) {
+    return fails_with(ErrorKind::kInput, {"t.safetensors", "\"t\"", value},
+                      [&] { file_with(dtype, data, 1).read("t", as); });
+  };
+  EXPECT_TRUE(refused("U32", minus_one.substr(0, 4), DType::kI32, "4294967295 does not fit i32"));
+  EXPECT_TRUE(refused("U64", minus_one, DType::kI64, "18446744073709551615 does not fit i64"));
+  EXPECT_TRUE(refused("I8", minus_one.substr(0, 1), DType::kU8, "-1 does not fit u8"));
+  EXPECT_TRUE(refused("I32", minus_one.substr(0, 4), DType::kF32, "holds I32, which cannot be read as f32"));
+  EXPECT_TRUE(refused("F32", minus_one.substr(0, 4), DType::kI32, "holds F32, which cannot be read as i32"));
+  EXPECT_TRUE(refused("F8_E4M3", "a", DType::kF32, "holds F8_E4M3"));
+  EXPECT_TRUE(refused("C64", minus_one, DType::kI32, "holds C64"));
+}
+
+TEST(SafetensorsWriter, RefusesWrongOrderShapeAndCount) {
+  const TempDir dir;
+  const std::vector<TensorSpec> specs = {{"a", DType::kF32, {2}}, {"b", DType::kF32, {3}}};
+  const Tensor a = random_tensor({2}, DType::kF32, 1), b = random_tensor({3}, DType::kF32, 2);
+  SafetensorsWriter writer(dir.path(), specs, {});
+  EXPECT_THROW(writer.write("b", b), Error);
+  EXPECT_THROW(writer.write("a", b), Error);
+  EXPECT_THROW(writer.finish(), Error);
+  writer.write("a", a);
+  EXPECT_THROW(writer.write("a", a), Error);
+  writer.write("b", b);
+  EXPECT_THROW(writer.append_raw("x", 1), Error);
+  writer.finish();
+  EXPECT_TRUE(bits_equal(Checkpoint(dir.path()).read("b", DType::kF32), b));
+  EXPECT_THROW(SafetensorsWriter(dir.path(), {specs[0], specs[0]}, {}), Error);
+}
+
+TEST(SafetensorsWriter, HeaderIsPaddedAndMarked) {
+  const TempDir dir;
+  write_safetensors(dir / "x.safetensors", {{"x", Tensor::zeros({1}, DType::kF32)}});
+  const std::string bytes = get_file(dir / "x.safetensors");
+  uint64_t length = 0;
+  std::memcpy(&length, bytes.data(), 8);
+  EXPECT_EQ(length % 8, 0u);
+  EXPECT_EQ(bytes.size(), 8 + length + 4);
+  EXPECT_NE(bytes.find(R"("__metadata__":{"format":"pt"})"), std::string::npos);
+  EXPECT_EQ(bytes[8], '{');
+}
+
 }  // namespace
 }  // namespace lightmoe

@@ -11,7 +11,7 @@
 
 namespace lightmoe::testing {
 
-// A fresh directory under the system's temporary directory, removed at the end of the scope.
+// A fresh directory, in memory (/dev/shm) where there is room, removed at the end of the scope.
 class TempDir {
  public:
   TempDir();
@@ -34,5 +34,10 @@ std::string safetensors_bytes(const std::string& header, const std::string& data
 // The Error that `action` throws must be of this kind and name every one of the pieces.
 ::testing::AssertionResult fails_with(ErrorKind kind, const std::vector<std::string>& pieces,
                                       const std::function<void()>& action);
+
+// Runs `body` in a forked process on one thread and returns its exit code, or -signal. What it throws ends it with code 99.
+int in_child(const std::function<int()>& body);
+// For in_child: the address space may grow by this much from now on, so that a reader that believes a lying size fails.
+void cap_memory_growth(int64_t bytes);
 
 }  // namespace lightmoe::testing
