@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "runtime/philox.h"
+#include "model/random_weights.h"
 
 namespace lightmoe {
 namespace {
@@ -80,14 +80,6 @@ void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
   }
 }
 
-bool is_norm(const std::string& name) { return name.ends_with("norm.weight"); }
-
-uint64_t fnv1a(const std::string& text) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  return hash;
-}
-
 }  // namespace
 
 std::vector<int64_t> StoredTensor::shape() const {
@@ -98,7 +90,8 @@ std::vector<int64_t> StoredTensor::shape() const {
 }
 
 bool is_plain(const Olmoe& model) {
-  return std::all_of(model.blocks.begin(), model.blocks.end(), [](const Block& block) { return block.moe.is_plain(); });
+  return model.config.lightmoe_json.empty() &&
+         std::all_of(model.blocks.begin(), model.blocks.end(), [](const Block& block) { return block.moe.is_plain(); });
 }
 
 std::vector<StoredTensor> stored_tensors(const Olmoe& model) {
@@ -176,24 +169,15 @@ void name_parameters(Olmoe& model) {
   }
 }
 
-void fill_random(const std::string& name, const OlmoeConfig& config, uint64_t seed, int64_t first, const Tensor& out) {
-  constexpr int64_t kPiece = 1 << 20;
-  const auto stddev = static_cast<float>(config.initializer_range);
-  std::vector<float> piece(static_cast<size_t>(std::min(kPiece, out.numel())), 1.0f);
-  for (int64_t i = 0; i < out.numel(); i += kPiece) {
-    const int64_t count = std::min(kPiece, out.numel() - i);
-    if (!is_norm(name)) fill_normal(piece.data(), count, stddev, seed, fnv1a(name), first + i);
-    char* to = static_cast<char*>(out.raw()) + i * static_cast<int64_t>(size_of(out.dtype()));
-    convert(piece.data(), DType::kF32, to, out.dtype(), static_cast<size_t>(count));
-  }
-}
-
 std::unique_ptr<Olmoe> random_model(const OlmoeConfig& config, DType dtype, uint64_t seed) {
   const std::vector<LayerShape> layers(static_cast<size_t>(config.num_layers), plain_layer_shape(config.num_experts));
   std::unique_ptr<Olmoe> model = declare_model(config, layers);
   allocate_weights(*model, dtype);
   for (const StoredTensor& stored : stored_tensors(*model)) {
-    fill_random(stored.name, config, seed, 0, stored.view(stored.parameter->value));
+    const Tensor rows = stored.view(stored.parameter->value);
+    const Tensor values = dtype == DType::kF32 ? rows : Tensor::empty(rows.shape(), DType::kF32);
+    fill_random_weight(config, stored.name, seed, values);
+    if (dtype != DType::kF32) rows.copy_from(values);
   }
   return model;
 }

@@ -22,7 +22,7 @@ struct StoredTensor {
   Tensor view(const Tensor& whole) const { return whole.slice(first_row, first_row + rows); }
   std::vector<int64_t> shape() const;
 };
-// Whether every layer is stock. One layer that is not makes the whole checkpoint a compressed one, with bank names in every layer.
+// Whether every layer is stock and the config has no "lightmoe" object. Else all layers of the checkpoint have bank names.
 bool is_plain(const Olmoe& model);
 // In a fixed order, that of Olmoe::parameters(). A tied head is not stored.
 std::vector<StoredTensor> stored_tensors(const Olmoe& model);
@@ -35,9 +35,5 @@ void allocate_weights(Olmoe& model, DType dtype);
 ParameterPtr make_parameter(const std::string& name, const Shape& shape, DType dtype);
 // Names by structure, as above; to be called after slots, bank or adapters changed.
 void name_parameters(Olmoe& model);
-
-// The random checkpoint's values of one stored tensor, elements [first, first + out.numel()) of it (first: a multiple of 4):
-// normal(0, initializer_range), or 1 for norm weights; a function of (seed, name, element).
-void fill_random(const std::string& name, const OlmoeConfig& config, uint64_t seed, int64_t first, const Tensor& out);
 
 }  // namespace lightmoe

@@ -38,10 +38,10 @@ double Philox::normal() {
   return std::sqrt(-2.0 * std::log(u)) * std::cos(kTwoPi * v);
 }
 
-void fill_normal(float* data, int64_t count, float stddev, uint64_t seed, uint64_t stream, int64_t first) {
+void fill_normal(float* data, int64_t count, float stddev, uint64_t seed, uint64_t stream) {
   parallel_for(0, (count + 3) / 4, 1 << 12, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const PhiloxBlock r = philox(seed, stream, static_cast<uint64_t>(first / 4 + b));
+      const PhiloxBlock r = philox(seed, stream, static_cast<uint64_t>(b));
       for (int64_t j = 0; j < 2; ++j) {
         const float u = (static_cast<float>(r[static_cast<size_t>(2 * j)] >> 8) + 1.0f) * 0x1p-24f;
         const float v = static_cast<float>(r[static_cast<size_t>(2 * j + 1)] >> 8) * 0x1p-24f;

@@ -47,7 +47,7 @@ class Philox {
   int used_ = 4;
 };
 
-// data[i] = mean 0, standard deviation `stddev`; element i depends on (seed, stream, first + i) alone. first is a multiple of 4.
-void fill_normal(float* data, int64_t count, float stddev, uint64_t seed, uint64_t stream, int64_t first = 0);
+// data[i] = mean 0, standard deviation `stddev`; element i depends on (seed, stream, i) alone.
+void fill_normal(float* data, int64_t count, float stddev, uint64_t seed, uint64_t stream);
 
 }  // namespace lightmoe

@@ -21,6 +21,7 @@ namespace fs = std::filesystem;
 constexpr double kLogits = 1e-4;     // absolute
 constexpr double kGradients = 1e-4;  // of the tensor's largest
 constexpr double kLosses = 1e-6;     // relative
+constexpr double kExact = 2e-7;      // of the largest, in f64: the files hold results rounded to f32
 
 fs::path golden(const std::string& folder) { return fs::path("tests/golden") / folder; }
 
@@ -76,6 +77,11 @@ Batch batch_of(const SafetensorsFile& file, bool padded = false) {
   }
   return make_batch(integers(file, "input_ids"), info->shape[0], info->shape[1],
                     integers(file, padded ? "pad.labels" : "labels"), mask);
+}
+
+TEST_P(Golden, LogitsMatchInDouble) {
+  const auto m = model(DType::kF64);
+  EXPECT_TRUE(close(m->logits(m->forward(batch_of(results()), {}), {}), to_doubles(results().read("logits")), kExact));
 }
 
 TEST_P(Golden, ForwardMatches) {
@@ -140,16 +146,18 @@ TrainLosses train_pass(Olmoe& model, const Batch& batch, Recompute recompute = R
 }
 
 TEST_P(GoldenTraining, GradientsMatch) {
-  const auto m = model();
-  train_pass(*m, batch_of(results()));
   const SafetensorsFile expected(golden(results_of(GetParam())) / "grads.safetensors");
-  size_t compared = 0;
-  for (const StoredTensor& stored : stored_tensors(*m)) {
-    EXPECT_TRUE(close(stored.view(stored.parameter->grad), to_doubles(expected.read(stored.name)), kGradients))
-        << stored.name;
-    ++compared;
+  for (const DType dtype : {DType::kF32, DType::kF64}) {
+    const auto m = model(dtype);
+    train_pass(*m, batch_of(results()));
+    const std::vector<StoredTensor> tensors = stored_tensors(*m);
+    EXPECT_EQ(tensors.size(), expected.tensors().size());
+    for (const StoredTensor& stored : tensors) {
+      const Tensor gradient = stored.view(stored.parameter->grad);
+      EXPECT_TRUE(close(gradient, to_doubles(expected.read(stored.name)), dtype == DType::kF64 ? kExact : kGradients))
+          << stored.name << " " << name_of(dtype);
+    }
   }
-  EXPECT_EQ(compared, expected.tensors().size());
 }
 
 TEST_P(GoldenRecompute, GivesTheSameBits) {
@@ -166,40 +174,54 @@ TEST_P(GoldenRecompute, GivesTheSameBits) {
   }
 }
 
-TEST_P(GoldenTraining, ThreeAdamWStepsMatch) {
-  const auto m = model();
-  const SafetensorsFile file = results();
+// Three steps of AdamW as the golden ones; the losses before each and after the last are compared on the way.
+void adamw_steps(Olmoe& m, const SafetensorsFile& file, double tolerance) {
   const Batch batch = batch_of(file);
   AdamW adamw{.tensors = {}, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8};
+  for (const ParameterPtr& p : m.parameters()) {
+    const DType dtype = p->value.dtype();
+    const Tensor m1 = Tensor::zeros(p->value.shape(), dtype), v = Tensor::zeros(p->value.shape(), dtype);
+    adamw.tensors.push_back(
+        {.w = p->value, .grad = p->ensure_grad(), .m = m1, .v = v, .lr = 1e-3, .weight_decay = 0.1});
+  }
   for (int64_t step = 1; step <= 4; ++step) {
-    for (const ParameterPtr& p : m->parameters()) p->zero_grad();
-    const TrainLosses losses = train_pass(*m, batch);
+    for (const ParameterPtr& p : m.parameters()) p->zero_grad();
+    const TrainLosses losses = train_pass(m, batch);
     const double total = losses.ce_sum / static_cast<double>(losses.labels) + 0.01 * losses.aux;
     const auto index = static_cast<size_t>(step - 1);
-    // The weights of later steps carry f32 rounding of the updates: AdamW divides by sqrt(v), which can be tiny.
-    expect_relative(total, scalar(file, "adamw_losses", index), step == 1 ? kLosses : 1e-4, "loss");
-    expect_relative(losses.aux, scalar(file, "adamw_aux", index), step == 1 ? kLosses : 1e-4, "aux");
+    expect_relative(total, scalar(file, "adamw_losses", index), tolerance, "loss");
+    expect_relative(losses.aux, scalar(file, "adamw_aux", index), tolerance, "aux");
     if (step == 4) break;
     std::vector<Tensor> gradients;
-    if (step == 1) {
-      for (const ParameterPtr& p : m->parameters()) {
-        adamw.tensors.push_back({.w = p->value,
-                                 .grad = p->grad,
-                                 .m = Tensor::zeros(p->value.shape(), DType::kF32),
-                                 .v = Tensor::zeros(p->value.shape(), DType::kF32),
-                                 .lr = 1e-3,
-                                 .weight_decay = 0.1});
-      }
-    }
-    for (const ParameterPtr& p : m->parameters()) gradients.push_back(p->grad);
-    expect_relative(gradient_norm(gradients), scalar(file, "grad_norms", index), 1e-4, "gradient norm");
+    for (const ParameterPtr& p : m.parameters()) gradients.push_back(p->grad);
+    expect_relative(gradient_norm(gradients), scalar(file, "grad_norms", index), tolerance, "gradient norm");
     adamw.step = step;
     run(adamw);
   }
+}
+
+TEST_P(GoldenTraining, ThreeAdamWStepsMatch) {
   const SafetensorsFile expected(golden(results_of(GetParam())) / "adamw3.safetensors");
+  const auto exact = model(DType::kF64);
+  adamw_steps(*exact, results(), 1e-9);
+  for (const StoredTensor& stored : stored_tensors(*exact)) {
+    const Tensor value = stored.view(stored.parameter->value);
+    EXPECT_TRUE(close(value, to_doubles(expected.read(stored.name)), kExact)) << stored.name;
+  }
+  // In f32 the update m / sqrt(v) of a weight whose gradient is near the rounding error of the sums it comes from may be off by
+  // a good part of lr = 1e-3; such weights are few. So: no weight beyond lr, and the tensor as a whole (rms) within 1e-5.
+  const auto m = model();
+  adamw_steps(*m, results(), 1e-5);
   for (const StoredTensor& stored : stored_tensors(*m)) {
-    EXPECT_TRUE(close(stored.view(stored.parameter->value), to_doubles(expected.read(stored.name)), kGradients))
-        << stored.name;
+    const std::vector<double> actual = to_doubles(stored.view(stored.parameter->value)),
+                              want = to_doubles(expected.read(stored.name));
+    double squares = 0, worst = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+      worst = std::max(worst, std::abs(actual[i] - want[i]));
+      squares += (actual[i] - want[i]) * (actual[i] - want[i]);
+    }
+    EXPECT_LT(worst, 1e-3) << stored.name;
+    EXPECT_LT(std::sqrt(squares / static_cast<double>(want.size())), 1e-5) << stored.name;
   }
 }
 
