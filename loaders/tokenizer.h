@@ -17,6 +17,8 @@ class Tokenizer {
  public:
   // A tokenizer.json file, or a directory that holds one.
   static Tokenizer load(const std::filesystem::path& path);
+  // The text of a tokenizer.json; `name` starts the message of every error.
+  static Tokenizer parse(std::string_view json, const std::string& name);
   ~Tokenizer();
   Tokenizer(Tokenizer&&) noexcept;
 
@@ -34,7 +36,8 @@ class Tokenizer {
 };
 
 // Byte-level BPE trained on text (the demo's tokenizer): Sennrich et al. 2016 over GPT-2 pieces, digits one by one when asked.
-// Returns a tokenizer.json that Tokenizer::load and Hugging Face both read.
+// Returns a tokenizer.json that Tokenizer::load and Hugging Face both read. Ids: special tokens, the 256 bytes in order, merges.
+// The most frequent pair first, ties to the lower ids; pairs seen once are not merged, so a small text gives fewer tokens.
 struct BpeTrainingOptions {
   int64_t vocab_size = 1024;
   std::vector<std::string> special_tokens;  // take the first ids
