@@ -1,0 +1,73 @@
+#include "cli/compression_flags.h"
+
+namespace lightmoe::cli {
+
+void add_compression_flags(CLI::App& app, CompressionFlags& f) {
+  std::string names;
+  for (const Method& method : methods()) names += (names.empty() ? "" : ", ") + method.name;
+  const char* budget = "Budget (one of)";
+  app.add_option("--method", f.method, names)->group("Method")->capture_default_str();
+  app.add_option("--ratio", f.ratio, "share to remove, 0.5 halves the model (default 0.5)")->group(budget);
+  app.add_option("--ratio-of", f.ratio_of, "what --ratio counts: model or experts")
+      ->group(budget)
+      ->capture_default_str();
+  app.add_option("--target-gib", f.gib, "size of the weights to reach, GiB")->group(budget);
+  app.add_option("--experts-per-layer", f.experts_per_layer, "experts stored per layer on average, bases included")
+      ->group(budget);
+  MethodOptions& o = f.options;
+  const char* group = "Method";
+  app.add_option("--bases", o.bases, "shared bases per layer, M")->group(group)->capture_default_str();
+  app.add_option("--rank", o.rank, "rank of LightMoE's adapters, R")->group(group)->capture_default_str();
+  app.add_option("--method-rank", o.method_rank, "rank of this method (0: as many trainable parameters as LightMoE)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--selection", f.selection,
+                 "adaptive (a threshold per layer), average (one threshold), uniform (one number)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--alpha", o.selection.alpha, "how strongly router norms move the thresholds")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--clip", o.selection.clip, "largest move of a threshold, as a share")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--starved", f.starved, "experts without calibration tokens: unimportant, keep or error")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--adapter-init", f.adapter_init, "gaussian (B = 0), or svd of original - base (not in the paper)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--adapter-std", o.adapter_std, "standard deviation of A (0: 1/sqrt(3 in))")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--seed", o.seed, "of the adapters' first values")->group(group)->capture_default_str();
+}
+
+MethodOptions method_options(const CompressionFlags& f) {
+  MethodOptions o = f.options;
+  check(f.ratio.has_value() + f.gib.has_value() + f.experts_per_layer.has_value() <= 1, ErrorKind::kUsage,
+        "--ratio, --target-gib and --experts-per-layer exclude each other");
+  check(f.ratio_of == "model" || f.ratio_of == "experts", ErrorKind::kUsage, "--ratio-of {}: expected model or experts",
+        f.ratio_of);
+  check(o.bases >= 1 && o.rank >= 1 && o.method_rank >= 0 && o.adapter_std >= 0, ErrorKind::kUsage,
+        "--bases {} --rank {} --method-rank {} --adapter-std {:g}: expected positive numbers", o.bases, o.rank,
+        o.method_rank, o.adapter_std);
+  o.budget.kind = f.ratio_of == "experts" ? BudgetKind::kExperts : BudgetKind::kWholeModel;
+  if (f.ratio) o.budget.value = *f.ratio;
+  if (f.gib) o.budget = {BudgetKind::kGib, *f.gib};
+  if (f.experts_per_layer) o.budget = {BudgetKind::kExpertsPerLayer, static_cast<double>(*f.experts_per_layer)};
+  o.selection.rule = parse_selection_rule(f.selection);
+  o.selection.starved = parse_starved_policy(f.starved);
+  o.adapter_init = parse_adapter_init(f.adapter_init);
+  return o;
+}
+
+std::optional<DType> parse_output_dtype(const std::string& name) {
+  if (name == "keep") return std::nullopt;
+  if (name == "bf16") return DType::kBF16;
+  if (name == "f16") return DType::kF16;
+  if (name == "f32") return DType::kF32;
+  fail(ErrorKind::kUsage, "--dtype {}: expected keep, bf16, f16 or f32", name);
+}
+
+}  // namespace lightmoe::cli

@@ -1,0 +1,142 @@
+#include "compress/plan.h"
+
+#include <algorithm>
+
+#include "compress/selection.h"
+
+namespace lightmoe {
+
+bool Plan::is_plain() const {
+  return std::all_of(layers.begin(), layers.end(),
+                     [](const LayerPlan& layer) { return layer.replaced.empty() && layer.adapter_slot.empty(); });
+}
+
+std::vector<LayerShape> Plan::shapes() const {
+  std::vector<LayerShape> out;
+  for (const LayerPlan& layer : layers) out.push_back(layer.shape);
+  return out;
+}
+
+int64_t Plan::replaced() const {
+  int64_t sum = 0;
+  for (const LayerPlan& layer : layers) sum += static_cast<int64_t>(layer.replaced.size());
+  return sum;
+}
+
+LayerPlan plain_layer_plan(int64_t num_slots) {
+  LayerPlan plan{.shape = plain_layer_shape(num_slots)};
+  for (int64_t e = 0; e < num_slots; ++e) plan.bank.push_back({{static_cast<int32_t>(e)}, {1.0}});
+  return plan;
+}
+
+Plan plain_plan(const ModelSize& size) {
+  return {.layers = std::vector<LayerPlan>(static_cast<size_t>(size.layers), plain_layer_plan(size.slots))};
+}
+
+LayerPlan replacement_plan(int64_t num_slots, const std::vector<int32_t>& replaced,
+                           const std::vector<SlotGroup>& groups, int64_t rank) {
+  if (replaced.empty()) return plain_layer_plan(num_slots);
+  LayerPlan plan{.replaced = replaced};
+  plan.shape.slots.resize(static_cast<size_t>(num_slots));
+  std::vector<uint8_t> is_replaced(static_cast<size_t>(num_slots), 0);
+  for (const int32_t slot : replaced) is_replaced[static_cast<size_t>(slot)] = 1;
+  for (int32_t s = 0; s < num_slots; ++s) {
+    if (is_replaced[static_cast<size_t>(s)]) continue;
+    plan.shape.slots[static_cast<size_t>(s)].expert = static_cast<int32_t>(plan.bank.size());
+    plan.bank.push_back({{s}, {1.0}});
+  }
+  if (groups.empty()) {
+    for (const int32_t slot : replaced) {
+      plan.shape.slots[static_cast<size_t>(slot)].expert = static_cast<int32_t>(plan.bank.size());
+    }
+    plan.bank.push_back({});
+  }
+  for (const SlotGroup& group : groups) {
+    const auto entry = static_cast<int32_t>(plan.bank.size());
+    plan.bases.push_back(entry);
+    plan.bank.push_back({group.slots, group.weights});
+    for (const int32_t slot : group.slots) plan.shape.slots[static_cast<size_t>(slot)].expert = entry;
+  }
+  for (int32_t s = 0; s < num_slots; ++s) {
+    if (!is_replaced[static_cast<size_t>(s)]) continue;
+    plan.shape.slots[static_cast<size_t>(s)].adapter = static_cast<int32_t>(plan.adapter_slot.size());
+    plan.adapter_slot.push_back(s);
+  }
+  plan.shape.adapter_rank.assign(plan.adapter_slot.size(), rank);
+  for (const BankEntry& entry : plan.bank) plan.shape.zero_expert.push_back(entry.is_zero());
+  return plan;
+}
+
+Json to_json(const Plan& plan) {
+  Json layers = Json::array();
+  for (const LayerPlan& layer : plan.layers) {
+    Json bank = Json::array();
+    for (const BankEntry& entry : layer.bank)
+      bank.push_back(Json{{"experts", entry.experts}, {"weights", entry.weights}});
+    layers.push_back(Json{{"threshold", layer.threshold},
+                          {"replaced", layer.replaced},
+                          {"bases", layer.bases},
+                          {"adapter_slots", layer.adapter_slot},
+                          {"bank", bank}});
+  }
+  return Json{{"base_threshold", plan.base_threshold}, {"layers", layers}};
+}
+
+namespace {
+
+std::vector<int32_t> indices(const Json& object, const char* key, int64_t limit, const std::string& where) {
+  check(object.is_object() && object.contains(key) && object[key].is_array(), ErrorKind::kInput,
+        "{}: \"{}\" is not a list", where, key);
+  std::vector<int32_t> out;
+  for (const Json& value : object[key]) {
+    check(value.is_number_integer() && value >= 0 && value < limit, ErrorKind::kInput,
+          "{}: {} holds {}, expected 0 to {}", where, key, value.dump(), limit - 1);
+    out.push_back(value.get<int32_t>());
+  }
+  return out;
+}
+
+double number(const Json& object, const char* key, const std::string& where) {
+  check(object.contains(key) && object[key].is_number(), ErrorKind::kInput, "{}: \"{}\" is not a number", where, key);
+  return object[key].get<double>();
+}
+
+LayerPlan layer_from_json(const Json& object, const LayerShape& shape, const std::string& where) {
+  const auto slots = static_cast<int64_t>(shape.slots.size()), entries = static_cast<int64_t>(shape.zero_expert.size());
+  LayerPlan layer{.shape = shape};
+  layer.replaced = indices(object, "replaced", slots, where);
+  layer.bases = indices(object, "bases", entries, where);
+  layer.adapter_slot = indices(object, "adapter_slots", slots, where);
+  layer.threshold = number(object, "threshold", where);
+  check(object.contains("bank") && object["bank"].is_array() && object["bank"].size() == shape.zero_expert.size(),
+        ErrorKind::kInput, "{}: \"bank\" does not have the {} entries of config.json", where, entries);
+  for (const Json& entry : object["bank"]) {
+    BankEntry& made = layer.bank.emplace_back();
+    made.experts = indices(entry, "experts", slots, where);
+    check(entry.contains("weights") && entry["weights"].is_array() && entry["weights"].size() == made.experts.size(),
+          ErrorKind::kInput, "{}: \"weights\" does not match \"experts\"", where);
+    for (const Json& weight : entry["weights"]) {
+      check(weight.is_number(), ErrorKind::kInput, "{}: weight {} is not a number", where, weight.dump());
+      made.weights.push_back(weight.get<double>());
+    }
+  }
+  check(layer.adapter_slot.size() == shape.adapter_rank.size(), ErrorKind::kInput,
+        "{}: {} adapter_slots, config.json has {} adapters", where, layer.adapter_slot.size(),
+        shape.adapter_rank.size());
+  return layer;
+}
+
+}  // namespace
+
+Plan plan_from_json(const Json& object, const std::vector<LayerShape>& shapes, const std::string& name) {
+  check(object.is_object() && object.contains("layers") && object["layers"].is_array() &&
+            object["layers"].size() == shapes.size(),
+        ErrorKind::kInput, "{}: \"plan\" does not have the {} layers of config.json", name, shapes.size());
+  Plan plan{.base_threshold = number(object, "base_threshold", name)};
+  for (size_t l = 0; l < shapes.size(); ++l) {
+    plan.layers.push_back(layer_from_json(object["layers"][l], shapes[l], fmt::format("{}: plan.layers[{}]", name, l)));
+  }
+  return plan;
+}
+
+}  // namespace lightmoe

@@ -1,0 +1,72 @@
+#include "compress/registry.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "runtime/nearest.h"
+
+namespace lightmoe {
+namespace {
+
+std::vector<Method>& registered() {
+  static std::vector<Method> list;
+  return list;
+}
+
+}  // namespace
+
+AdapterInit parse_adapter_init(std::string_view name) {
+  if (name == "gaussian") return AdapterInit::kGaussian;
+  if (name == "svd") return AdapterInit::kSvd;
+  fail(ErrorKind::kUsage, "adapter-init \"{}\": expected gaussian or svd", name);
+}
+
+const char* name_of(AdapterInit init) { return init == AdapterInit::kSvd ? "svd" : "gaussian"; }
+
+RegisterMethod::RegisterMethod(Method method) {
+  std::vector<Method>& list = registered();
+  const auto place = std::lower_bound(list.begin(), list.end(), method,
+                                      [](const Method& a, const Method& b) { return a.name < b.name; });
+  list.insert(place, std::move(method));
+}
+
+const std::vector<Method>& methods() { return registered(); }
+
+const Method& find_method(std::string_view name) {
+  std::vector<std::string> names;
+  std::string list;
+  for (const Method& method : methods()) {
+    if (method.name == name) return method;
+    names.push_back(method.name);
+    list += (list.empty() ? "" : ", ") + method.name;
+  }
+  const std::string near = nearest(std::string(name), names);
+  fail(ErrorKind::kUsage, "unknown method \"{}\"{}; there are {}", name,
+       near.empty() ? "" : fmt::format(", did you mean {}?", near), list);
+}
+
+int64_t lightmoe_trainable(const ModelSize& size, int64_t bases, int64_t rank) {
+  return size.layers * (bases * size.expert + size.slots * rank * size.adapter_unit);
+}
+
+int64_t matched_rank(const MethodInput& input, int64_t bases) {
+  const MethodOptions& options = input.options;
+  if (options.method_rank > 0) return options.method_rank;
+  const ModelSize size = model_size(input.config);
+  const int64_t left = lightmoe_trainable(size, options.bases, options.rank) - size.layers * bases * size.expert;
+  const double rank = static_cast<double>(left) / static_cast<double>(size.layers * size.slots * size.adapter_unit);
+  return std::max<int64_t>(1, std::llround(rank));
+}
+
+int64_t trainable_parameters(const Method& method, const MethodInput& input, const Plan& plan) {
+  const ModelSize size = model_size(input.config);
+  if (method.trainable == Trainable::kNothing) return 0;
+  if (method.trainable == Trainable::kEverything) return size.total();
+  int64_t sum = size.layers * size.slots * method.rank(input) * size.adapter_unit;
+  if (method.trainable == Trainable::kBasesAndAdapters) {
+    for (const LayerPlan& layer : plan.layers) sum += static_cast<int64_t>(layer.bases.size()) * size.expert;
+  }
+  return sum;
+}
+
+}  // namespace lightmoe

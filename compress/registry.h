@@ -1,0 +1,73 @@
+#pragma once
+// Compression methods. A method is one file with a function (experts, statistics, budget, options) -> plan and one line
+//   static const RegisterMethod method{{.name = "lightmoe", ..., .plan = &plan_lightmoe}};
+// Nothing else in the program knows which method ran: the plan says what is stored, the fields below what recovery trains.
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "compress/plan.h"
+#include "compress/selection.h"
+#include "compress/statistics.h"
+
+namespace lightmoe {
+
+class ExpertSource;
+
+enum class AdapterInit : uint8_t {
+  kGaussian,  // A normal with variance 1 / (3 in), B zero: what LoRA implementations start from, drawn normal as the paper says
+  kSvd,  // best rank-R approximation of original - base. Not in the paper.
+};
+AdapterInit parse_adapter_init(std::string_view name);
+const char* name_of(AdapterInit init);
+
+struct MethodOptions {
+  Budget budget;
+  SelectionOptions selection;
+  int64_t bases = 3;        // M, per layer
+  int64_t rank = 16;        // R of LightMoE
+  int64_t method_rank = 0;  // R of the method at hand; 0 = as many trainable parameters as LightMoE with M and R
+  AdapterInit adapter_init = AdapterInit::kGaussian;
+  double adapter_std = 0;  // of A; 0 = 1 / sqrt(3 in)
+  uint64_t seed = 1;
+};
+
+struct MethodInput {
+  const OlmoeConfig& config;
+  const Statistics& statistics;
+  const MethodOptions& options;
+  double bytes_per_parameter = 2;         // as written, for a budget in GiB
+  const ExpertSource* experts = nullptr;  // original weights, read on demand; null in pure arithmetic
+};
+
+enum class Trainable : uint8_t {
+  kNothing,
+  kEverything,
+  kAdapters,          // those of the replaced slots, and new ones on every other slot
+  kBasesAndAdapters,  // bases in full rank as well
+};
+
+struct Method {
+  std::string name, summary;
+  Plan (*plan)(const MethodInput&);
+  int64_t (*rank)(const MethodInput&) = nullptr;  // of its adapters; null: none
+  Trainable trainable = Trainable::kNothing;
+  double anneal = 0;        // default eps; 0 = direct
+  bool compresses = false;  // takes a budget
+};
+
+struct RegisterMethod {
+  explicit RegisterMethod(Method method);
+};
+const std::vector<Method>& methods();              // sorted by name
+const Method& find_method(std::string_view name);  // Error(kUsage) with the names and the nearest
+
+// Parameters that LightMoE trains with M bases and rank R on all slots, and the rank at which adapters on all slots beside
+// `bases` trained bases per layer come closest to that (at least 1).
+int64_t lightmoe_trainable(const ModelSize& size, int64_t bases, int64_t rank);
+int64_t matched_rank(const MethodInput& input, int64_t bases);
+// What the method trains under this plan, adapters on every slot counted.
+int64_t trainable_parameters(const Method& method, const MethodInput& input, const Plan& plan);
+
+}  // namespace lightmoe
