@@ -1,0 +1,149 @@
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "cli/verb.h"
+#include "loaders/json.h"
+#include "loaders/safetensors_header.h"
+#include "model/summary.h"
+
+namespace lightmoe::cli {
+namespace {
+
+struct Options {
+  std::string model;
+  bool tensors = false, json = false;
+};
+
+constexpr double kGiB = 1 << 30;
+
+std::string optional_text(const auto& value) { return value ? fmt::format("{}", *value) : "none"; }
+
+std::string dtypes_text(const StoredCount& count) {
+  std::string text;
+  for (const auto& [dtype, bytes] : count.dtype_bytes)
+    text += fmt::format("{}{} {}", text.empty() ? "" : ", ", dtype, bytes);
+  return text;
+}
+
+void print_config(const ModelSummary& s) {
+  const OlmoeConfig& c = s.config;
+  fmt::print("OlmoeForCausalLM, {} experts\n", s.layout);
+  fmt::print("  hidden {}, layers {}, heads {} (kv {}) of {}, experts {} top-{} of width {}\n", c.hidden_size,
+             c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim(), c.num_experts, c.num_experts_per_token,
+             c.intermediate_size);
+  fmt::print("  vocabulary {}, positions {}, rope_theta {}, rms_norm_eps {}, clip_qkv {}, norm_topk_prob {}, tied {}\n",
+             c.vocab_size, c.max_position_embeddings, c.rope_theta, c.rms_norm_eps, optional_text(c.clip_qkv),
+             c.norm_topk_prob, c.tie_word_embeddings);
+  fmt::print("  eos {}, pad {}, bos {}, router_aux_loss_coef {}\n", fmt::join(c.eos_token_ids, " "),
+             optional_text(c.pad_token_id), optional_text(c.bos_token_id), c.router_aux_loss_coef);
+}
+
+void print_count(std::string_view name, const StoredCount& count, int64_t all_bytes) {
+  if (count.tensors == 0) return;
+  fmt::print("  {:<11}{:>8}{:>16}{:>16}{:>9.3f}{:>7.1f}%  {}\n", name, count.tensors, count.parameters, count.bytes,
+             static_cast<double>(count.bytes) / kGiB,
+             100.0 * static_cast<double>(count.bytes) / static_cast<double>(std::max<int64_t>(all_bytes, 1)),
+             dtypes_text(count));
+}
+
+void print_layers(const ModelSummary& s) {
+  fmt::print("slot tables ({} slots a layer)\n  {:<7}{:>6}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}\n", s.config.num_experts,
+             "layer", "own", "shared", "sharing", "zero", "removed", "adapters", "rank");
+  for (size_t l = 0; l < s.layers.size(); ++l) {
+    const LayerSummary& x = s.layers[l];
+    const std::string rank = x.smallest_rank == x.largest_rank ? fmt::format("{}", x.largest_rank)
+                                                               : fmt::format("{}-{}", x.smallest_rank, x.largest_rank);
+    fmt::print("  {:<7}{:>6}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}\n", l, x.own, x.shared, x.sharing_slots, x.zero_slots,
+               x.removed_slots, x.adapters, rank);
+  }
+  fmt::print(
+      "  own: stored experts of one slot; shared: of several slots (sharing); zero: slots whose expert is W = 0\n");
+}
+
+void print_tensors(const std::string& model) {
+  const Checkpoint files(model);
+  for (const std::string& name : files.names()) {
+    const TensorInfo& info = files.info(name);
+    fmt::print("{}  {} {}  {} bytes  {}\n", printable(name, 4096), info.file_dtype, shape_text(info.shape),
+               info.bytes(), files.file_of(name).path().filename().string());
+  }
+}
+
+Json to_json(const StoredCount& count) {
+  return {{"tensors", count.tensors},
+          {"parameters", count.parameters},
+          {"bytes", count.bytes},
+          {"dtype_bytes", count.dtype_bytes}};
+}
+
+Json to_json(const ModelSummary& s, const std::string& model, bool tensors) {
+  Json out = {{"model", model}, {"layout", s.layout}, {"config", Json::parse(config_to_json(s.config))}};
+  out["total"] = to_json(s.total);
+  for (int k = 0; k < kNumParameterKinds; ++k) {
+    out["kinds"][std::string(name_of(static_cast<ParameterKind>(k)))] = to_json(s.kinds[static_cast<size_t>(k)]);
+  }
+  out["kinds"]["other"] = to_json(s.other);
+  out["missing_tensors"] = s.missing;
+  out["active_parameters"] = s.active_parameters;
+  for (const auto& file : s.files) out["files"][file.name] = to_json(file.count);
+  for (const LayerSummary& x : s.layers) {
+    out["layers"].push_back({{"own", x.own},
+                             {"shared", x.shared},
+                             {"sharing_slots", x.sharing_slots},
+                             {"zero_slots", x.zero_slots},
+                             {"removed_slots", x.removed_slots},
+                             {"adapters", x.adapters},
+                             {"smallest_rank", x.smallest_rank},
+                             {"largest_rank", x.largest_rank}});
+  }
+  out["tokenizer"] = s.has_tokenizer;
+  out["complete_marker"] = s.has_marker;
+  if (!tensors) return out;
+  const Checkpoint files(model);
+  for (const std::string& name : files.names()) {
+    const TensorInfo& info = files.info(name);
+    out["tensors"].push_back(
+        {{"name", name}, {"dtype", info.file_dtype}, {"shape", info.shape}, {"bytes", info.bytes()}});
+  }
+  return out;
+}
+
+void inspect(const Options& options) {
+  const ModelSummary s = summarize_model(options.model);
+  if (options.json) {
+    const Json out = to_json(s, options.model, options.tensors);
+    fmt::print("{}\n", out.dump(2, ' ', false, Json::error_handler_t::replace));
+    return;
+  }
+  print_config(s);
+  fmt::print("  {:<11}{:>8}{:>16}{:>16}{:>9}{:>8}  bytes by dtype\n", "kind", "tensors", "parameters", "bytes", "GiB",
+             "share");
+  for (int k = 0; k < kNumParameterKinds; ++k) {
+    print_count(name_of(static_cast<ParameterKind>(k)), s.kinds[static_cast<size_t>(k)], s.total.bytes);
+  }
+  print_count("other", s.other, s.total.bytes);
+  print_count("total", s.total, s.total.bytes);
+  fmt::print("  a token meets at most {} parameters\n", s.active_parameters);
+  if (s.missing > 0)
+    fmt::print("  {} tensors that the config asks for are missing (lightmoe verify names them)\n", s.missing);
+  if (!s.layers.empty()) print_layers(s);
+  for (const auto& file : s.files)
+    fmt::print("file {}: {} tensors, {} bytes\n", file.name, file.count.tensors, file.count.bytes);
+  fmt::print("tokenizer.json {}, completeness marker {}\n", s.has_tokenizer ? "yes" : "no",
+             s.has_marker ? "yes" : "no");
+  if (options.tensors) print_tensors(options.model);
+}
+
+const RegisterVerb verb{{"inspect", "Models",
+                         "Show what a model directory holds: shape, parameters and bytes by kind, slot table",
+                         "lightmoe inspect demo/base --tensors", [](CLI::App& app) -> VerbAction {
+                           auto options = std::make_shared<Options>();
+                           app.add_option("model", options->model, "model directory")->required();
+                           app.add_flag("--tensors", options->tensors, "list every tensor");
+                           app.add_flag("--json", options->json, "as one JSON object");
+                           return [options] { inspect(*options); };
+                         }}};
+
+}  // namespace
+}  // namespace lightmoe::cli

@@ -1,0 +1,116 @@
+#include "model/summary.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "loaders/json.h"
+#include "runtime/error.h"
+
+namespace lightmoe {
+namespace {
+
+// Of the experts and adapters of all layers, what one token meets when its K slots share as little as they can.
+int64_t most_active_experts(const ModelSummary& s) {
+  const int64_t d = s.config.hidden_size, f = s.config.intermediate_size, k = s.config.num_experts_per_token;
+  int64_t active = 0;
+  for (int64_t l = 0; l < s.config.num_layers; ++l) {
+    int64_t experts = s.config.num_experts, adapters = 0, rank = 0;
+    if (!s.layers.empty()) {
+      const LayerSummary& layer = s.layers[static_cast<size_t>(l)];
+      experts = layer.own + layer.shared, adapters = layer.adapters, rank = layer.largest_rank;
+    }
+    active += std::min(k, experts) * 3 * d * f + std::min(k, adapters) * 3 * rank * (d + f);
+  }
+  return active;
+}
+
+}  // namespace
+
+const char* layout_name(const OlmoeConfig& config, const Checkpoint& files) {
+  if (!config.lightmoe_json.empty()) return "compressed";
+  const std::string fused = fused_tensor_name(0, false);
+  return files.contains(fused) || files.contains(fused + ".weight") ? "fused" : "per-expert";
+}
+
+void StoredCount::add(const TensorInfo& info) {
+  ++tensors;
+  parameters += info.numel();
+  bytes += static_cast<int64_t>(info.bytes());
+  dtype_bytes[info.file_dtype] += static_cast<int64_t>(info.bytes());
+}
+
+std::vector<ParameterInfo> expected_parameters(const OlmoeConfig& config, const Checkpoint& files,
+                                               const std::string& name) {
+  const std::string layout = layout_name(config, files);
+  if (layout == "compressed") {
+    return compressed_parameters(config, slot_tables_from_json(parse_json(config.lightmoe_json, name), config, name));
+  }
+  std::vector<ParameterInfo> list =
+      stock_parameters(config, layout == "fused" ? ExpertLayout::kFused : ExpertLayout::kPerExpert);
+  if (layout == "fused" && !files.contains(fused_tensor_name(0, false))) {
+    for (ParameterInfo& p : list) {
+      if (p.kind == ParameterKind::kExpert) p.name += ".weight";
+    }
+  }
+  return list;
+}
+
+LayerSummary summarize_layer(const LayerShape& shape) {
+  LayerSummary out;
+  std::vector<int64_t> users(shape.zero_expert.size(), 0);
+  for (const Slot& slot : shape.slots) {
+    out.removed_slots += slot.kind == SlotKind::kRemoved ? 1 : 0;
+    if (slot.kind != SlotKind::kExpert || slot.expert < 0) continue;
+    if (shape.zero_expert[static_cast<size_t>(slot.expert)])
+      ++out.zero_slots;
+    else
+      ++users[static_cast<size_t>(slot.expert)];
+  }
+  for (size_t e = 0; e < users.size(); ++e) {
+    if (shape.zero_expert[e]) continue;
+    if (users[e] > 1)
+      ++out.shared, out.sharing_slots += users[e];
+    else
+      ++out.own;
+  }
+  out.adapters = static_cast<int64_t>(shape.adapter_rank.size());
+  if (out.adapters > 0) {
+    const auto [low, high] = std::minmax_element(shape.adapter_rank.begin(), shape.adapter_rank.end());
+    out.smallest_rank = *low, out.largest_rank = *high;
+  }
+  return out;
+}
+
+ModelSummary summarize_model(const std::filesystem::path& directory) {
+  ModelSummary out{.config = read_config(directory)};
+  const Checkpoint files(directory);
+  const std::string name = (directory / "config.json").string();
+  out.layout = layout_name(out.config, files);
+  if (out.layout == "compressed") {
+    out.slot_tables = slot_tables_from_json(parse_json(out.config.lightmoe_json, name), out.config, name);
+    for (const LayerShape& shape : out.slot_tables) out.layers.push_back(summarize_layer(shape));
+  }
+  std::unordered_map<std::string, ParameterKind> kinds;
+  for (const ParameterInfo& p : expected_parameters(out.config, files, name)) {
+    kinds.emplace(p.name, p.kind);
+    out.missing += files.contains(p.name) ? 0 : 1;
+  }
+  for (const SafetensorsFile& file : files.files()) {
+    ModelSummary::File& entry = out.files.emplace_back();
+    entry.name = file.path().filename().string();
+    for (const TensorInfo& info : file.tensors()) {
+      const auto kind = kinds.find(info.name);
+      (kind == kinds.end() ? out.other : out.kinds[static_cast<size_t>(kind->second)]).add(info);
+      entry.count.add(info);
+      out.total.add(info);
+    }
+  }
+  const auto parameters = [&](ParameterKind kind) { return out.kinds[static_cast<size_t>(kind)].parameters; };
+  out.active_parameters = out.total.parameters - out.other.parameters - parameters(ParameterKind::kExpert) -
+                          parameters(ParameterKind::kAdapter) + most_active_experts(out);
+  out.has_tokenizer = std::filesystem::exists(directory / "tokenizer.json");
+  out.has_marker = std::filesystem::exists(directory / ".complete");
+  return out;
+}
+
+}  // namespace lightmoe
