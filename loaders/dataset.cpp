@@ -8,6 +8,7 @@
 
 #include "loaders/safetensors.h"
 #include "runtime/error.h"
+#include "runtime/parallel.h"
 #include "runtime/philox.h"
 
 namespace lightmoe {
@@ -50,6 +51,16 @@ Document tokenize(const TextRecord& record, const Tokenizer& tokenizer, int32_t 
     if (eos_id >= 0 && (last || part.eos)) append(document, {eos_id}, part.loss);
   }
   return document;
+}
+
+std::vector<Document> tokenize(const std::vector<TextRecord>& records, const Tokenizer& tokenizer, int32_t eos_id) {
+  std::vector<Document> documents(records.size());
+  parallel_for(0, static_cast<int64_t>(records.size()), 16, [&](int64_t begin, int64_t end) {
+    for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      documents[i] = tokenize(records[i], tokenizer, eos_id);
+    }
+  });
+  return documents;
 }
 
 std::vector<Document> documents_from_tokens(const std::filesystem::path& file, int64_t vocab_size) {

@@ -56,6 +56,7 @@ struct Document {
 };
 // Parts are encoded one by one and joined; eos_id >= 0 is appended with the loss of the last part, and after parts with .eos.
 Document tokenize(const TextRecord& record, const Tokenizer& tokenizer, int32_t eos_id);
+std::vector<Document> tokenize(const std::vector<TextRecord>& records, const Tokenizer& tokenizer, int32_t eos_id);
 
 // The rows of `input_ids` [N, S] (I32 or I64) of a .safetensors file, for models without a tokenizer; loss on every token.
 // Error(kInput) on an id outside [0, vocab_size).
