@@ -1,0 +1,76 @@
+#pragma once
+// recover: a compressed directory is trained back. What happens around the training loop (model/trainer.h):
+//   before   adapters on every slot that has none (A as compress/adapter.h draws it, B zero); what the method trains is
+//            trainable, the rest frozen; trainable weights are f32, frozen ones as asked
+//   steps    while beta > 0 replaced slots run as beta W_original + (1-beta) W_base + B A, minus beta B0 A0 where the adapters do not
+//            start at zero (svd), so that the first step is exactly the original model; at beta = 0 the originals leave memory
+//   after    adapters of slots that own their expert are merged into it (W += B A) and removed, unless told otherwise
+// Everything is a function of the step and of the two directories, so a resumed run continues bit for bit: there is no state here.
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "compress/annealing.h"
+#include "compress/record.h"
+#include "model/trainer.h"
+#include "model/training_estimate.h"
+
+namespace lightmoe {
+
+struct RecoveryOptions {
+  std::optional<Annealing> annealing;  // absent: the method's
+  bool merge = true;
+  DType dtype = DType::kF32;  // of frozen weights in memory
+  std::function<void(const std::string&)> say;
+};
+
+class Recovery {
+ public:
+  // base: the original model. Error(kInput) when it is not the one that was compressed. steps: of the whole run.
+  Recovery(const std::filesystem::path& compressed, const std::filesystem::path& base, int64_t steps,
+           const RecoveryOptions& options);
+  ~Recovery();
+
+  Olmoe& model() { return *model_; }
+  const CompressionRecord& record() const { return record_; }
+  const Annealing& annealing() const { return annealing_; }
+  // before_step, log_fields and save_model; `evaluate` is the caller's. dtype: of models inside checkpoints.
+  TrainerHooks hooks(DType saved_dtype);
+  // What identifies the run beside the trainer's own fingerprint.
+  std::map<std::string, std::string> fingerprint() const;
+  // After training: beta 0, adapters merged. Once.
+  void finish();
+  // Into a directory being prepared: config, tensors, tokenizer files, compression.json with `result`.
+  void save(const std::filesystem::path& directory, DType dtype, const Json& result) const;
+
+  // Bytes the originals take at this moment.
+  int64_t original_bytes() const;
+
+ private:
+  class Originals;
+  void set_beta(double beta);
+  void add_adapters();
+  void choose_trainable();
+
+  std::filesystem::path compressed_;
+  int64_t steps_;
+  RecoveryOptions options_;
+  CompressionRecord record_;
+  Annealing annealing_;
+  std::unique_ptr<Olmoe> model_;
+  std::unique_ptr<Originals> originals_;  // null from beta = 0 on
+  bool finished_ = false;
+};
+
+// Before anything is loaded: parameters, bytes, memory while annealing and after.
+struct RecoveryEstimate {
+  TrainingEstimate training;
+  int64_t original_bytes = 0;                       // while annealing
+  int64_t stored_parameters = 0, stored_bytes = 0;  // of what will be written
+};
+RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, const RecoveryOptions& options,
+                                   DType saved_dtype, int64_t tokens_per_pass, Recompute recompute);
+
+}  // namespace lightmoe
