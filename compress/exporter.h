@@ -1,0 +1,28 @@
+#pragma once
+// export: a compressed directory as a stock OlmoeForCausalLM one that any Hugging Face reader loads: every slot gets an expert of
+// its own, W_bank + B A (computed in f32, rounded once). The function is the same; nothing is smaller any more. Tensor by tensor,
+// like compress.
+
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+
+#include "compress/streamed_tensors.h"
+
+namespace lightmoe {
+
+struct ExportJob {
+  std::filesystem::path model, output;
+  std::optional<DType> dtype;
+  int64_t max_shard_bytes = int64_t{5} << 30;
+  bool force = false, allow_nonfinite = false;
+  std::function<void(const std::string&)> say;
+};
+struct ExportReport {
+  int64_t compressed_bytes = 0, written_bytes = 0;  // of all tensors
+};
+// Error(kInput): not a compressed directory, or slots that a stock model cannot express (removed, constant, latent).
+ExportReport export_to_hugging_face(const ExportJob& job);
+
+}  // namespace lightmoe
