@@ -31,12 +31,13 @@ void append(Document& document, const std::vector<int32_t>& ids, bool loss) {
   document.loss.resize(document.ids.size(), loss ? 1 : 0);
 }
 
-void check_ids(const Document& document, size_t index, int64_t vocab_size) {
+// `where` starts the message: "file: " or nothing.
+void check_ids(const Document& document, size_t index, int64_t vocab_size, const std::string& where = "") {
   require(document.ids.size() == document.loss.size(), "DataStream: document {}: {} ids, {} loss flags", index,
           document.ids.size(), document.loss.size());
   for (const int32_t id : document.ids) {
     check(id >= 0 && (vocab_size <= 0 || id < vocab_size), ErrorKind::kInput,
-          "sequence {}: token id {}, the model has ids from 0 to {}; is this its tokenizer?", index + 1, id,
+          "{}sequence {}: token id {}, the model has ids from 0 to {}; is this its tokenizer?", where, index + 1, id,
           vocab_size - 1);
   }
 }
@@ -76,7 +77,7 @@ std::vector<Document> documents_from_tokens(const std::filesystem::path& file, i
   for (int64_t n = 0; n < ids.dim(0); ++n) {
     const int32_t* row = ids.data<int32_t>() + n * ids.dim(1);
     append(documents[static_cast<size_t>(n)], {row, row + ids.dim(1)}, true);
-    check_ids(documents[static_cast<size_t>(n)], static_cast<size_t>(n), vocab_size);
+    check_ids(documents[static_cast<size_t>(n)], static_cast<size_t>(n), vocab_size, file.string() + ": ");
   }
   return documents;
 }
