@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -118,6 +119,10 @@ CheckpointStore::CheckpointStore(const CheckpointOptions& options, Warn warn)
     ::close(lock_);
     fail(ErrorKind::kUsage, "{}: another process is training there", directory.string());
   }
+  struct stat held {}, named {};
+  const bool is_there = ::fstat(lock_, &held) == 0 && ::stat((directory / ".lock").c_str(), &named) == 0;
+  check(is_there && held.st_ino == named.st_ino, ErrorKind::kUsage, "{}: another process just left; try again",
+        directory.string());
   // Ours alone now: hidden step directories are what a killed process was writing or removing.
   for (const auto& entry : fs::directory_iterator(directory)) {
     if (entry.path().filename().string().rfind(".step-", 0) == 0) fs::remove_all(entry.path(), error);
@@ -125,7 +130,14 @@ CheckpointStore::CheckpointStore(const CheckpointOptions& options, Warn warn)
 }
 
 CheckpointStore::~CheckpointStore() {
-  if (lock_ >= 0) ::close(lock_);
+  if (lock_ < 0) return;
+  std::error_code ignored;
+  const auto entries = std::distance(fs::directory_iterator(options_.directory, ignored), fs::directory_iterator());
+  if (entries == 1) {  // our lock alone: nothing was ever saved
+    fs::remove(options_.directory / ".lock", ignored);
+    fs::remove(options_.directory, ignored);
+  }
+  ::close(lock_);
 }
 
 std::optional<CheckpointStore::Found> CheckpointStore::find(const Fingerprint& now) const {
@@ -217,12 +229,22 @@ void CheckpointStore::save(const TrainingState& state, Optimizer& optimizer,
 }
 
 void CheckpointStore::prune(const TrainingState& state) const {
+  std::vector<fs::path> old;
   int64_t kept = 0;
-  for (const StepDirectory& old : newest_first(options_.directory)) {
-    if (kept++ < options_.keep || (old.step == state.best_step && options_.save_best)) continue;
+  for (const StepDirectory& step : newest_first(options_.directory)) {
+    const bool is_best = step.step == state.best_step && options_.save_best;
+    if (kept++ >= options_.keep && !is_best) old.push_back(step.path);
+  }
+  if (options_.overwrite) {  // what start_anew set aside is replaced now that there is something in its place
+    for (const auto& entry : fs::directory_iterator(options_.directory)) {
+      const std::string name = entry.path().filename().string();
+      if (name.rfind("step-", 0) == 0 && name.find(".abandoned") != std::string::npos) old.push_back(entry.path());
+    }
+  }
+  for (const fs::path& path : old) {
     // First out of sight, so that a stop in the middle leaves no half a checkpoint under a good name.
-    const fs::path hidden = options_.directory / fmt::format(".{}.removed", old.path.filename().string());
-    rename_path(old.path, hidden);
+    const fs::path hidden = options_.directory / fmt::format(".{}.removed", path.filename().string());
+    rename_path(path, hidden);
     before_write();
     std::error_code left_for_the_next_start;
     fs::remove_all(hidden, left_for_the_next_start);

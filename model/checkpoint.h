@@ -55,7 +55,8 @@ class CheckpointStore {
   };
   using Warn = std::function<void(const std::string&)>;
 
-  // Creates the directory (not its parents) and removes what a killed process left. Does nothing when options.directory is empty.
+  // Creates the directory (not its parents) and removes what a killed process left; the destructor removes
+  // it again when nothing was saved. Does nothing when options.directory is empty.
   CheckpointStore(const CheckpointOptions& options, Warn warn);
   ~CheckpointStore();
   CheckpointStore(const CheckpointStore&) = delete;
@@ -69,7 +70,7 @@ class CheckpointStore {
   // Into weights and moments. Later checkpoints in the directory belong to an abandoned continuation or are corrupt: they are
   // renamed to step-N.abandoned, so that no later resume picks them.
   void restore(const Found& found, Optimizer& optimizer);
-  void start_anew();  // renames all of them
+  void start_anew();  // renames all of them; with overwrite the first save removes them
 
   // No-op if this step is saved already. Old checkpoints go only after the new one is in place.
   void save(const TrainingState& state, Optimizer& optimizer,

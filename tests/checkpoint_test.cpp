@@ -246,8 +246,14 @@ TEST(StepCheckpoint, StartingAnewDoesNotTouchOldCheckpointsUnasked) {
   Session second, third;
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"step 6", "--resume auto", "--force"}, [&] { second(o); }));
   o.checkpoint.overwrite = true;
+  bool was_set_aside = false;
+  third.hooks.before_step = [&](int64_t step) {
+    if (step == 2) was_set_aside = fs::exists(step_directory(directory / "c", 6).string() + ".abandoned");
+  };
   EXPECT_EQ(third(o).first_step, 1);
-  EXPECT_TRUE(fs::exists(step_directory(directory / "c", 6).string() + ".abandoned"));
+  EXPECT_TRUE(was_set_aside);  // until there was something in its place
+  EXPECT_FALSE(fs::exists(step_directory(directory / "c", 6).string() + ".abandoned"));
+  EXPECT_TRUE(is_complete(step_directory(directory / "c", 6), true));
 }
 
 TEST(StepCheckpoint, ResumesFromANamedCheckpointAndSetsLaterOnesAside) {
@@ -270,6 +276,15 @@ TEST(StepCheckpoint, ResumesFromANamedCheckpointAndSetsLaterOnesAside) {
   o.checkpoint.resume = directory / "nowhere";
   Session lost;
   EXPECT_TRUE(fails_with(ErrorKind::kResume, {"nowhere"}, [&] { lost(o); }));
+}
+
+TEST(StepCheckpoint, ARunThatSavesNothingLeavesNoDirectory) {
+  TempDir directory;
+  TrainerOptions o = options(3, directory / "c");
+  o.checkpoint.save_last = o.checkpoint.save_best = false;
+  Session run;
+  run(o);
+  EXPECT_FALSE(fs::exists(directory / "c"));
 }
 
 TEST(StepCheckpoint, OneProcessADirectory) {
