@@ -1,0 +1,138 @@
+#include "compress/recover.h"
+
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "cli/load.h"
+#include "cli/training_flags.h"
+#include "cli/verb.h"
+#include "compress/text.h"
+#include "loaders/output.h"
+#include "model/eval.h"
+#include "model/progress.h"
+
+namespace lightmoe::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Options {
+  std::string compressed, base, frozen_dtype = "f32", anneal_shape = "linear";
+  std::optional<double> anneal;
+  double anneal_gamma = 3;
+  bool no_merge = false;
+  TrainingFlags training;
+};
+
+RecoveryOptions recovery_options(const Options& o, const OlmoeConfig& config, double default_eps) {
+  Annealing annealing{
+      .eps = o.anneal.value_or(default_eps), .shape = parse_anneal_shape(o.anneal_shape), .gamma = o.anneal_gamma};
+  annealing.check_valid();
+  return {.annealing = annealing,
+          .merge = !o.no_merge,
+          .dtype = parse_dtype(o.frozen_dtype, config),
+          .say = [](const std::string& line) { fmt::print(stderr, "{}\n", line); }};
+}
+
+void dry_run(const Options& o, const RecoveryOptions& options, const TrainerOptions& t, DType saved) {
+  const TrainingFlags& f = o.training;
+  const RecoveryEstimate e =
+      estimate_recovery(o.compressed, options, saved, f.stream.rows * f.stream.length, t.recompute);
+  fmt::print("{}", to_text(e.training));
+  if (e.original_bytes > 0) {
+    fmt::print("originals       {} until step {:.0f} (annealing)\n", format_bytes(e.original_bytes),
+               std::ceil(options.annealing->eps * static_cast<double>(t.steps)));
+    fmt::print("peak memory     about {}\n", format_bytes(e.training.total_bytes() + e.original_bytes));
+  }
+  fmt::print("written         {} parameters, {} ({} bytes of tensors)\n", human_count(e.stored_parameters),
+             format_bytes(e.stored_bytes), e.stored_bytes);
+  fmt::print("steps           {} of {} tokens\n", t.steps, t.accumulate * f.stream.rows * f.stream.length);
+}
+
+Json result_json(const Options& o, const Recovery& recovery, const TrainResult& result) {
+  const Annealing& a = recovery.annealing();
+  Json json = {{"base", o.base},
+               {"data", o.training.data.empty() ? o.training.tokens : o.training.data},
+               {"steps", result.steps_done},
+               {"skipped", result.skipped},
+               {"loss", result.loss},
+               {"anneal", a.eps},
+               {"anneal_shape", o.anneal_shape},
+               {"merged", !o.no_merge}};
+  if (result.eval_loss) json["eval_loss"] = *result.eval_loss;
+  return json;
+}
+
+void run_recover(Options& o) {
+  TrainingFlags& f = o.training;
+  const OlmoeConfig config = read_config(o.compressed);
+  const CompressionRecord record = read_record(o.compressed);
+  const Method& method = find_method(record.method);
+  check(method.trainable != Trainable::kNothing, ErrorKind::kUsage, "{}: method \"{}\" trains nothing", o.compressed,
+        record.method);
+  // The router is frozen unless everything trains: balancing it has no use then.
+  TrainerOptions t =
+      trainer_options(f, config, method.trainable == Trainable::kEverything ? config.router_aux_loss_coef : 0.0);
+  const RecoveryOptions options = recovery_options(o, config, method.anneal);
+  const DType saved = saved_dtype(f, config);
+  if (f.dry_run) return dry_run(o, options, t, saved);
+  std::unique_ptr<Tokenizer> tokenizer;
+  if (fs::exists(fs::path(o.compressed) / "tokenizer.json")) {
+    tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(o.compressed));
+  }
+  DataStream data = open_data(f, config, tokenizer.get());
+  const std::vector<Document> eval_documents = open_eval_data(f, config, tokenizer.get());
+  OutputDirectory output(f.out, f.force, {fs::path(o.compressed), fs::path(o.base)});
+  Recovery recovery(o.compressed, o.base, t.steps, options);
+  t.fingerprint = recovery.fingerprint();
+  TrainerHooks hooks = recovery.hooks(saved);
+  if (!eval_documents.empty()) {
+    hooks.evaluate = [&](int64_t) {
+      const EvalOptions eval{.batch = f.eval_batch, .compute = t.compute};
+      return EvalPoint{.loss = evaluate_documents(recovery.model(), eval_documents, eval).value("loss")};
+    };
+    if (t.eval_every == 0) t.eval_every = t.steps;
+  }
+  if (f.no_checkpoint_model) hooks.save_model = nullptr;
+  TrainableOlmoe trainable(recovery.model());
+  const TrainResult result = train(trainable, data, t, hooks);
+  if (result.stopped_by_signal != 0) {
+    set_exit_code(exit_code_of(result, f.requeue));
+    return;
+  }
+  recovery.finish();
+  recovery.save(output.path(), saved, result_json(o, recovery, result));
+  output.commit();
+  print_training_summary(f, result);
+}
+
+const RegisterVerb verb{
+    {"recover", "Compression", "Train a compressed model back, the originals fading out",
+     "lightmoe recover olmoe-math-50 --base OLMoE-1B-7B --data math.train.jsonl --steps 2000 --lr 1e-4 -o olmoe-math",
+     [](CLI::App& app) -> VerbAction {
+       auto o = std::make_shared<Options>();
+       app.add_option("compressed", o->compressed, "directory that `compress` wrote")->required();
+       app.add_option("--base", o->base, "the original model")->required();
+       const std::string group = "Annealing";
+       app.add_option("--anneal", o->anneal,
+                      "eps of the paper: share of the steps until the originals are gone (default: the method's)")
+           ->group(group);
+       app.add_option("--anneal-shape", o->anneal_shape, "linear or exponential")->group(group)->capture_default_str();
+       app.add_option("--anneal-gamma", o->anneal_gamma, "steepness of exponential")
+           ->group(group)
+           ->capture_default_str();
+       app.add_flag("--no-merge", o->no_merge, "keep the adapters of experts that were not replaced")->group(group);
+       app.add_option("--frozen-dtype", o->frozen_dtype, "frozen weights in memory: f32, bf16, auto")
+           ->group("Training")
+           ->capture_default_str();
+       app.add_option("--compute", o->training.compute, "products: f32, or bf16 with f32 sums")
+           ->group("Training")
+           ->capture_default_str();
+       o->training.trainer.optimizer.weight_decay = 0;
+       add_training_flags(app, o->training);
+       return [o] { run_recover(*o); };
+     }}};
+
+}  // namespace
+}  // namespace lightmoe::cli
