@@ -1,0 +1,251 @@
+// The MoE op on the slot table against the materialised form (tests/support/moe_layers.h), forward and every gradient.
+
+#include "autograd/gradcheck.h"
+#include "model/moe_op.h"
+#include "tests/support/moe_layers.h"
+
+namespace lightmoe {
+namespace {
+
+using testing::close;
+using testing::DenseMoe;
+using testing::LayerSpec;
+using testing::make_layer;
+using testing::random_slots;
+using testing::random_tensor;
+
+const std::vector<LayerSpec> kSpecs{
+    {.name = "plain", .expert_of_slot = {0, 1, 2, 3, 4, 5}},
+    {.name = "plain, some frozen", .expert_of_slot = {0, 1, 2, 3, 4, 5}, .frozen_experts = {0, 1, 4}},
+    {.name = "adapters on all, nothing shared",
+     .expert_of_slot = {0, 1, 2, 3, 4, 5},
+     .rank_of_slot = {3, 3, 3, 3, 3, 3}},
+    {.name = "two bases with adapters, two kept",
+     .expert_of_slot = {0, 2, 3, 2, 1, 3, 2},
+     .rank_of_slot = {2, 2, 2, 2, 2, 2, 2},
+     .frozen_experts = {0, 1}},
+    {.name = "shared without adapters: gates add", .expert_of_slot = {0, 1, 0, 1, 2, 0}},
+    {.name = "shared, adapters on some",
+     .expert_of_slot = {0, 0, 0, 0, 1, 1, 1},
+     .rank_of_slot = {0, 2, 0, 2, 0, 0, 2}},
+    {.name = "all on one base, no adapters", .expert_of_slot = {0, 0, 0, 0, 0}},
+    {.name = "all on one base, adapters", .expert_of_slot = {0, 0, 0, 0, 0}, .rank_of_slot = {4, 4, 4, 4, 4}},
+    {.name = "adapters of two ranks", .expert_of_slot = {0, 0, 1, 1, 1}, .rank_of_slot = {1, 3, 3, 1, 0}},
+    {.name = "zero base with adapters",
+     .expert_of_slot = {0, 1, 1, 1, 2},
+     .rank_of_slot = {2, 2, 2, 2, 2},
+     .zero_experts = {1},
+     .frozen_experts = {0}},
+    {.name = "zero base without adapter", .expert_of_slot = {0, 1, 1, 2, 0}, .zero_experts = {1}},
+    {.name = "removed slots", .expert_of_slot = {0, -1, 1, 2, -1, 3, 4}},
+    {.name = "annealing at one half",
+     .expert_of_slot = {0, 1, 2, 1, 2, 1},
+     .rank_of_slot = {2, 2, 2, 2, 2, 2},
+     .annealed_slots = {1, 2, 3, 4, 5},
+     .beta = 0.5,
+     .frozen_experts = {0}},
+    {.name = "annealing, one slot of the base not annealed",
+     .expert_of_slot = {0, 1, 1, 1, 0},
+     .annealed_slots = {1, 3},
+     .beta = 0.25},
+    {.name = "annealing towards a zero base",
+     .expert_of_slot = {0, 1, 1, 2},
+     .rank_of_slot = {1, 1, 1, 1},
+     .zero_experts = {1},
+     .annealed_slots = {1, 2},
+     .beta = 0.7},
+    {.name = "annealing at one",
+     .expert_of_slot = {0, 1, 1, 1},
+     .rank_of_slot = {2, 2, 2, 2},
+     .annealed_slots = {1, 2, 3},
+     .beta = 1},
+    {.name = "annealing done",
+     .expert_of_slot = {0, 1, 1, 1},
+     .rank_of_slot = {2, 2, 2, 2},
+     .annealed_slots = {1, 2, 3},
+     .beta = 0},
+    {.name = "odd sizes",
+     .hidden = 33,
+     .width = 17,
+     .expert_of_slot = {0, 0, 1, 1, 2},
+     .rank_of_slot = {5, 5, 5, 5, 0}},
+};
+
+std::vector<int32_t> live_slots(const MoeLayer& layer) {
+  std::vector<int32_t> live;
+  for (size_t s = 0; s < layer.slots.size(); ++s) {
+    if (layer.slots[s].kind == SlotKind::kExpert) live.push_back(static_cast<int32_t>(s));
+  }
+  return live;
+}
+
+struct Inputs {
+  Var x, gates;
+  Tensor slots, dy;
+};
+Inputs make_inputs(const MoeLayer& layer, int64_t tokens, const std::vector<int32_t>& allowed, int64_t top_k,
+                   DType dtype) {
+  const int64_t hidden = layer.router->value.dim(1);
+  return {.x = Tape::variable(random_tensor({tokens, hidden}, dtype, 100)),
+          .gates = Tape::variable(random_tensor({tokens, top_k}, dtype, 101, 0.5)),
+          .slots = random_slots(tokens, top_k, allowed, 102),
+          .dy = random_tensor({tokens, hidden}, dtype, 103)};
+}
+
+void expect_equal_to_dense(const MoeLayer& layer, const Inputs& in, double tolerance) {
+  const DenseMoe expected(layer, in.x.value, in.slots, in.gates.value, in.dy);
+  for (const ParameterPtr& p : layer.parameters()) p->zero_grad();
+  Tape tape;
+  const Var y = moe_experts(tape, in.x, layer, in.slots, in.gates, {});
+  EXPECT_TRUE(close(y.value, expected.y, tolerance)) << "y";
+  y.grad->share(in.dy);
+  tape.backward();
+  EXPECT_TRUE(close(in.x.grad->take(), expected.dx, tolerance)) << "dx";
+  EXPECT_TRUE(close(in.gates.grad->take(), expected.dgates, tolerance)) << "dgates";
+  for (const ParameterPtr& p : layer.parameters()) {
+    if (p == layer.router) continue;
+    if (!p->trainable) {
+      EXPECT_FALSE(p->grad.defined()) << p->name;
+      continue;
+    }
+    std::vector<double> zeros(static_cast<size_t>(p->value.numel()), 0);
+    const auto it = expected.gradients.find(p.get());
+    EXPECT_TRUE(close(p->ensure_grad(), it == expected.gradients.end() ? zeros : it->second, tolerance)) << p->name;
+  }
+}
+
+class Moe : public ::testing::TestWithParam<LayerSpec> {};
+
+TEST_P(Moe, EqualsTheMaterialisedFormInDouble) {
+  const MoeLayer layer = make_layer(GetParam(), DType::kF64, DType::kF64, 1);
+  const std::vector<int32_t> live = live_slots(layer);
+  for (const int64_t tokens : {0, 1, 2, 31}) {
+    for (const int64_t top_k : {1, 3}) {
+      SCOPED_TRACE(::testing::Message() << tokens << " tokens, top " << top_k);
+      expect_equal_to_dense(layer, make_inputs(layer, tokens, live, top_k, DType::kF64), 1e-12);
+    }
+  }
+  // One-expert skew: every token chooses the same slots, the others stay empty.
+  expect_equal_to_dense(layer, make_inputs(layer, 19, {live[0], live[1], live[2]}, 3, DType::kF64), 1e-12);
+}
+
+TEST_P(Moe, EqualsTheMaterialisedFormInFloat) {
+  // Two products deep (D, then F terms), a third in backward, every sum over at most tokens * K rows.
+  const double tolerance = 3 * testing::sum_tolerance(DType::kF32, 100);
+  for (const DType frozen : {DType::kF32, DType::kBF16}) {
+    SCOPED_TRACE(name_of(frozen));
+    const MoeLayer layer = make_layer(GetParam(), frozen, DType::kF32, 2);
+    expect_equal_to_dense(layer, make_inputs(layer, 29, live_slots(layer), 3, DType::kF32), tolerance);
+  }
+  const MoeLayer layer = make_layer(GetParam(), DType::kBF16, DType::kBF16, 3);
+  expect_equal_to_dense(layer, make_inputs(layer, 29, live_slots(layer), 3, DType::kF32), tolerance);
+}
+
+TEST_P(Moe, GradientCheck) {
+  const MoeLayer layer = make_layer(GetParam(), DType::kF64, DType::kF64, 4);
+  const Inputs in = make_inputs(layer, 5, live_slots(layer), 3, DType::kF64);
+  std::vector<ParameterPtr> trained = layer.parameters();
+  trained.erase(trained.begin());
+  const auto loss = [&](Tape& tape) {
+    return dot_loss(tape, moe_experts(tape, in.x, layer, in.slots, in.gates, {}), in.dy);
+  };
+  const GradCheckReport report = check_gradients(loss, {in.x, in.gates}, trained, 16);
+  EXPECT_LT(report.worst, 1e-7) << report.where;
+}
+
+TEST_P(Moe, RecomputedIsTheSameBits) {
+  const MoeLayer layer = make_layer(GetParam(), DType::kF32, DType::kF32, 5);
+  std::vector<std::vector<Tensor>> results;
+  for (const bool recompute : {false, true}) {
+    const Inputs in = make_inputs(layer, 17, live_slots(layer), 3, DType::kF32);
+    for (const ParameterPtr& p : layer.parameters()) p->zero_grad();
+    Tape tape;
+    const auto f = [&](Tape& t, const std::vector<Var>& v) {
+      return std::vector<Var>{moe_experts(t, v[0], layer, in.slots, v[1], {})};
+    };
+    const Var y = recompute ? tape.checkpoint({in.x, in.gates}, f)[0] : f(tape, {in.x, in.gates})[0];
+    y.grad->share(in.dy);
+    tape.backward();
+    std::vector<Tensor>& all =
+        results.emplace_back(std::vector<Tensor>{y.value, in.x.grad->take(), in.gates.grad->take()});
+    for (const ParameterPtr& p : layer.parameters()) {
+      if (p->trainable) all.push_back(p->ensure_grad().clone());
+    }
+  }
+  for (size_t i = 0; i < results[0].size(); ++i) EXPECT_TRUE(testing::bits_equal(results[0][i], results[1][i])) << i;
+}
+
+INSTANTIATE_TEST_SUITE_P(Layers, Moe, ::testing::ValuesIn(kSpecs), [](const auto& info) {
+  std::string name;
+  for (const char* c = info.param.name; *c != 0; ++c) name += std::isalnum(static_cast<unsigned char>(*c)) ? *c : '_';
+  return name;
+});
+
+Tensor forward(const MoeLayer& layer, const Inputs& in) {
+  Tape tape(false);
+  return moe_experts(tape, in.x, layer, in.slots, in.gates, {}).value;
+}
+
+TEST(MoeAnnealing, StartsAsTheOriginalLayerAndEndsAsTheSharedOne) {
+  LayerSpec spec{.name = "",
+                 .expert_of_slot = {0, 1, 1, 1, 2, 2},
+                 .rank_of_slot = {2, 2, 2, 2, 2, 2},
+                 .annealed_slots = {1, 2, 3, 4, 5},
+                 .beta = 1};
+  MoeLayer layer = make_layer(spec, DType::kF64, DType::kF64, 6);
+  for (const Adapter& a : layer.adapters)
+    a.b_gate->value.fill_zero(), a.b_up->value.fill_zero(), a.b_down->value.fill_zero();
+  MoeLayer original{.router = layer.router, .slots = {}, .experts = {layer.experts[0]}, .adapters = {}, .annealed = {}};
+  for (int32_t s = 0; s < 6; ++s) original.slots.push_back({.expert = s});
+  for (const AnnealedSlot& annealed : layer.annealed) original.experts.push_back(annealed.original);
+  ASSERT_TRUE(original.is_plain());
+  const Inputs in = make_inputs(layer, 23, live_slots(layer), 3, DType::kF64);
+  EXPECT_TRUE(close(forward(layer, in), testing::to_doubles(forward(original, in)), 1e-14));
+  layer.beta = 1e-9;
+  const Tensor almost = forward(layer, in);
+  layer.beta = 0;
+  const Tensor with_originals_around = forward(layer, in);
+  layer.annealed.clear();
+  EXPECT_TRUE(testing::bits_equal(with_originals_around, forward(layer, in)));
+  EXPECT_TRUE(close(almost, testing::to_doubles(forward(layer, in)), 1e-8));
+}
+
+TEST(MoeSlots, RemovedSlotsAreNeverChosen) {
+  const MoeLayer layer = make_layer({.name = "", .expert_of_slot = {0, -1, 1, -1, 2}}, DType::kF64, DType::kF64, 7);
+  const Var x = Tape::variable(random_tensor({37, 12}, DType::kF64, 8));
+  Tape tape;
+  const Routing r = router(tape, x, layer.router, removed_mask(layer), 2, false);
+  for (int64_t i = 0; i < r.slots.numel(); ++i) EXPECT_NE(r.slots.data<int32_t>()[i] % 2, 1);
+  EXPECT_NO_THROW(moe_experts(tape, x, layer, r.slots, r.gates, {}));
+  EXPECT_FALSE(removed_mask(make_layer(kSpecs[0], DType::kF32, DType::kF32, 9)).defined());
+}
+
+TEST(MoeSlots, UnsupportedKindsAreRefusedByName) {
+  MoeLayer layer = make_layer({.name = "", .expert_of_slot = {0, 1, 2}}, DType::kF32, DType::kF32, 10);
+  const Inputs in = make_inputs(layer, 3, {0, 1, 2}, 2, DType::kF32);
+  layer.slots[1] = {.kind = SlotKind::kConstant, .constant = 0};
+  try {
+    forward(layer, in);
+    FAIL() << "a constant slot ran";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), ErrorKind::kInput);
+    EXPECT_NE(std::string(e.what()).find("slot 1 is of kind constant"), std::string::npos) << e.what();
+  }
+}
+
+TEST(MoeMemory, FrozenLayersKeepNothing) {
+  const MoeLayer layer =
+      make_layer({.name = "", .hidden = 32, .width = 32, .expert_of_slot = {0, 1, 2}, .frozen_experts = {0, 1, 2}},
+                 DType::kF32, DType::kF32, 11);
+  Inputs in = make_inputs(layer, 64, {0, 1, 2}, 2, DType::kF32);
+  in.x.grad = nullptr, in.gates.grad = nullptr;
+  Tape tape;
+  const int64_t before = memory_use(MemoryCategory::kActivations).live_bytes;
+  const Var y = moe_experts(tape, in.x, layer, in.slots, in.gates, {});
+  EXPECT_EQ(tape.size(), 0u);
+  EXPECT_FALSE(y.needs_grad());
+  EXPECT_EQ(memory_use(MemoryCategory::kActivations).live_bytes - before, y.value.bytes());
+}
+
+}  // namespace
+}  // namespace lightmoe

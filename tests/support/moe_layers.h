@@ -1,0 +1,39 @@
+#pragma once
+// MoE layers of every kind of slot, with random weights, and what they compute, in double, slot by slot and token by token.
+
+#include <map>
+#include <ostream>
+#include <vector>
+
+#include "model/moe.h"
+#include "tests/support/testing.h"
+
+namespace lightmoe::testing {
+
+struct LayerSpec {
+  const char* name = "";
+  int64_t hidden = 12, width = 10;      // D, F
+  std::vector<int32_t> expert_of_slot;  // -1 = removed
+  std::vector<int64_t> rank_of_slot;    // 0 = no adapter; empty = none at all
+  std::vector<int32_t> zero_experts;    // W = 0
+  std::vector<int32_t> annealed_slots;
+  double beta = 0;
+  std::vector<int32_t> frozen_experts;
+};
+
+inline void PrintTo(const LayerSpec& spec, std::ostream* out) { *out << spec.name; }
+
+// dtype of all weights; trained_dtype of adapters and of experts that are not frozen.
+MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uint64_t seed);
+
+// y = sum_k g_k f_slot(x) with every slot's matrices written out, and the gradients for a given dy.
+struct DenseMoe {
+  std::vector<double> y, dx, dgates;
+  std::map<const Parameter*, std::vector<double>> gradients;  // trainable parameters only
+  DenseMoe(const MoeLayer& layer, const Tensor& x, const Tensor& slots, const Tensor& gates, const Tensor& dy);
+};
+
+// [T,K] distinct slots a token, drawn from `allowed`.
+Tensor random_slots(int64_t tokens, int64_t top_k, const std::vector<int32_t>& allowed, uint64_t seed);
+
+}  // namespace lightmoe::testing
