@@ -11,7 +11,7 @@ namespace lightmoe {
 namespace {
 
 Tensor empty_like(const Tensor& t) { return Tensor::empty(t.shape(), t.dtype(), t.device()); }
-Tensor if_kept(bool keep, const Tensor& t) { return keep ? t : Tensor(); }
+Saved saved_if(bool needed, const Var& x) { return needed ? Saved(x) : Saved(); }
 Tensor grad_of(const ParameterPtr& w) { return w->trainable ? w->ensure_grad() : Tensor(); }
 
 }  // namespace
@@ -29,12 +29,19 @@ Var embedding(Tape& tape, const Tensor& ids, const ParameterPtr& table) {
 }
 
 Var rms_norm(Tape& tape, const Var& x, const ParameterPtr& w, double eps) {
-  const Var y = Tape::output(empty_like(x.value), x.needs_grad() || w->trainable);
-  const Tensor rstd = tape.wants(y) ? Tensor::empty({x.value.dim(0)}, x.value.dtype()) : Tensor();
+  Var y = Tape::output(empty_like(x.value), x.needs_grad() || w->trainable);
+  const bool keep = tape.wants(y);
+  const Tensor rstd = keep ? Tensor::empty({x.value.dim(0)}, x.value.dtype()) : Tensor();
   run(RmsNorm{.x = x.value, .w = w->value, .eps = eps, .y = y.value, .rstd = rstd});
-  tape.record(y, [x_value = x.value, dx = x.grad, w, rstd](const Tensor& dy) {
+  if (!keep) return y;
+  y.rebuild = std::make_shared<Rebuild>([x = Saved(x), w, eps] {
+    const Tensor x_value = x.get(), again = empty_like(x_value);
+    run(RmsNorm{.x = x_value, .w = w->value, .eps = eps, .y = again});
+    return again;
+  });
+  tape.record(y, [x = Saved(x), dx = x.grad, w, rstd](const Tensor& dy) {
     const Tensor fresh = empty_like(dy);
-    run(RmsNormBackward{.x = x_value, .w = w->value, .rstd = rstd, .dy = dy, .dx = fresh, .dw = grad_of(w)});
+    run(RmsNormBackward{.x = x.get(), .w = w->value, .rstd = rstd, .dy = dy, .dx = fresh, .dw = grad_of(w)});
     if (dx) dx->add(fresh);
   });
   return y;
@@ -44,10 +51,10 @@ Var linear(Tape& tape, const Var& x, const ParameterPtr& w, GemmCompute compute)
   const Tensor y_value = Tensor::empty({x.value.dim(0), w->value.dim(0)}, x.value.dtype());
   const Var y = Tape::output(y_value, x.needs_grad() || w->trainable);
   run(Gemm{.a = x.value, .b = w->value, .c = y.value, .trans_b = true, .compute = compute});
-  tape.record(y, [x_value = if_kept(w->trainable, x.value), dx = x.grad, w, compute](const Tensor& dy) {
+  tape.record(y, [x = saved_if(w->trainable, x), dx = x.grad, w, compute](const Tensor& dy) {
     if (w->trainable) {
       const double beta = w->grad_beta();
-      run(Gemm{.a = dy, .b = x_value, .c = w->grad, .trans_a = true, .beta = beta, .compute = compute});
+      run(Gemm{.a = dy, .b = x.get(), .c = w->grad, .trans_a = true, .beta = beta, .compute = compute});
     }
     if (dx) {
       bool accumulate = false;
@@ -59,11 +66,17 @@ Var linear(Tape& tape, const Var& x, const ParameterPtr& w, GemmCompute compute)
 }
 
 Var clamp(Tape& tape, const Var& x, double limit) {
-  const Var y = Tape::output(empty_like(x.value), x.needs_grad());
+  Var y = Tape::output(empty_like(x.value), x.needs_grad());
   run(Clamp{.limit = limit, .x = x.value, .y = y.value});
-  tape.record(y, [x_value = x.value, dx = x.grad, limit](const Tensor& dy) {
+  if (!tape.wants(y)) return y;
+  y.rebuild = std::make_shared<Rebuild>([x = Saved(x), limit] {
+    const Tensor x_value = x.get(), again = empty_like(x_value);
+    run(Clamp{.limit = limit, .x = x_value, .y = again});
+    return again;
+  });
+  tape.record(y, [x = Saved(x), dx = x.grad, limit](const Tensor& dy) {
     const Tensor fresh = empty_like(dy);
-    run(ClampBackward{.limit = limit, .x = x_value, .dy = dy, .dx = fresh});
+    run(ClampBackward{.limit = limit, .x = x.get(), .dy = dy, .dx = fresh});
     dx->add(fresh);
   });
   return y;
@@ -81,9 +94,17 @@ Var swiglu(Tape& tape, const Var& h) {
 }
 
 Var rope_in_place(Tape& tape, const Var& x, const Tensor& positions, int64_t head_dim, double theta) {
-  const Var y = Tape::output(x.value, x.needs_grad());
-  Rope op{.x = x.value, .positions = positions, .head_dim = head_dim, .theta = theta, .y = x.value};
+  Var y = Tape::output(x.value, x.needs_grad());
+  const Rope op{.x = x.value, .positions = positions, .head_dim = head_dim, .theta = theta, .y = x.value};
   run(op);
+  if (!tape.wants(y)) return y;
+  if (x.rebuild) {
+    y.rebuild = std::make_shared<Rebuild>([before = x.rebuild, positions, head_dim, theta] {
+      const Tensor again = before->fresh();
+      run(Rope{.x = again, .positions = positions, .head_dim = head_dim, .theta = theta, .y = again});
+      return again;
+    });
+  }
   tape.record(y, [positions, head_dim, theta, dx = x.grad](const Tensor& dy) {
     const Tensor fresh = empty_like(dy);
     run(Rope{.x = dy, .positions = positions, .head_dim = head_dim, .theta = theta, .inverse = true, .y = fresh});
@@ -115,16 +136,23 @@ Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Attent
                 .head_dim = head_dim,
                 .out = out.value,
                 .lse = lse});
-  tape.record(out, [q = q, k = k, v = v, out_value = out.value, lse, sequences, head_dim](const Tensor& dout) {
-    AttentionBackward op{.q = q.value,
-                         .k = k.value,
-                         .v = v.value,
-                         .out = out_value,
+  if (!keep) return out;
+  struct Input {
+    Saved value;
+    GradPtr grad;
+  };
+  const Input inputs[] = {{Saved(q), q.grad}, {Saved(k), k.grad}, {Saved(v), v.grad}};
+  tape.record(out, [q = inputs[0], k = inputs[1], v = inputs[2], out = out.value, lse, sequences,
+                    head_dim](const Tensor& dout) {
+    AttentionBackward op{.q = q.value.get(),
+                         .k = k.value.get(),
+                         .v = v.value.get(),
+                         .out = out,
                          .lse = lse,
                          .dout = dout,
                          .sequences = sequences,
                          .head_dim = head_dim};
-    op.dq = empty_like(q.value), op.dk = empty_like(k.value), op.dv = empty_like(v.value);
+    op.dq = empty_like(op.q), op.dk = empty_like(op.k), op.dv = empty_like(op.v);
     run(op);
     if (q.grad) q.grad->add(op.dq);
     if (k.grad) k.grad->add(op.dk);
@@ -152,8 +180,8 @@ Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& re
              .slots = r.slots,
              .gates = r.gates.value});
   if (!tape.wants(r.gates)) return r;
-  tape.record([x, w, probs = r.probs, gates = r.gates, slots = r.slots, renormalize] {
-    RouterBackward op{.x = x.value,
+  tape.record([x = Saved(x), dx = x.grad, w, probs = r.probs, gates = r.gates, slots = r.slots, renormalize] {
+    RouterBackward op{.x = x.get(),
                       .w = w->value,
                       .probs = probs.value,
                       .slots = slots,
@@ -162,7 +190,7 @@ Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& re
                       .dprobs = probs.grad->take(),
                       .renormalize = renormalize};
     if (!op.dgates.defined() && !op.dprobs.defined()) return;
-    if (x.grad) op.dx = x.grad->target(x.value.shape(), x.value.dtype(), &op.accumulate_dx);
+    if (dx) op.dx = dx->target(op.x.shape(), op.x.dtype(), &op.accumulate_dx);
     op.dw = grad_of(w);
     run(op);
   });

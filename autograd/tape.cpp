@@ -59,6 +59,12 @@ std::vector<Var> Tape::checkpoint(const std::vector<Var>& inputs, Function f) {
     Tape unrecorded(false);
     outputs = f(unrecorded, inputs);
   }
+  struct Input {
+    Saved value;
+    GradPtr grad;
+  };
+  std::vector<Input> kept;
+  for (const Var& input : inputs) kept.push_back({Saved(input), input.grad});
   std::vector<GradPtr> slots;
   bool any = false;
   for (const Var& output : outputs) {
@@ -66,14 +72,17 @@ std::vector<Var> Tape::checkpoint(const std::vector<Var>& inputs, Function f) {
     any = any || output.needs_grad();
   }
   if (any) {
-    record([inputs, slots = std::move(slots), f = std::move(f)] {
+    record([kept = std::move(kept), slots = std::move(slots), f = std::move(f)] {
       Tape again;
+      std::vector<Var> inputs;
+      for (const Input& input : kept) inputs.push_back({input.value.get(), input.grad, input.value.rebuild()});
       std::vector<Var> outputs = f(again, inputs);
       for (size_t i = 0; i < outputs.size(); ++i) {
         if (slots[i] == nullptr) continue;
         const Tensor dy = slots[i]->take();
         if (dy.defined()) outputs[i].grad->share(dy);
       }
+      inputs.clear();
       outputs.clear();
       again.backward();
     });

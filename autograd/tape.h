@@ -3,13 +3,15 @@
 // that turns the output's gradient into those of its inputs. backward() runs the closures in reverse order and destroys each one
 // as soon as it has run, so what it kept (activations) is released as backward passes it.
 //
-// A Var is a value and, when it needs a gradient, a slot for it. Closures keep slots and just the values they need, never Vars.
+// A Var is a value and, when it needs a gradient, a slot for it. Closures keep slots and just the values they need, never Vars;
+// values that are cheap to make again are not kept either (Rebuild), with the same bits.
 // Nothing is recorded for an output that needs no gradient: frozen weights under inputs without gradient cost nothing.
 // Losses (autograd/ops.h) are the roots: they put their own gradient into their input, so backward() takes no argument.
 // Gradients of parameters go straight into Parameter::grad. A tape is used by one thread, once.
 
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "autograd/parameter.h"
@@ -33,10 +35,40 @@ class GradSlot {
 };
 using GradPtr = std::shared_ptr<GradSlot>;
 
+// How to make a cheap output again (norms, clamps, rotations: one pass over memory), so that backward need not keep it.
+class Rebuild {
+ public:
+  explicit Rebuild(std::function<Tensor()> make) : make_(std::move(make)) {}
+  Tensor fresh() const { return make_(); }
+  // Made once, then shared until the last closure that asks is gone.
+  Tensor get() {
+    if (!made_.defined()) made_ = make_();
+    return made_;
+  }
+
+ private:
+  std::function<Tensor()> make_;
+  Tensor made_;
+};
+
 struct Var {
   Tensor value;
-  GradPtr grad;  // null = needs no gradient
+  GradPtr grad;                      // null = needs no gradient
+  std::shared_ptr<Rebuild> rebuild;  // null = closures keep the value itself
   bool needs_grad() const { return grad != nullptr; }
+};
+
+// What a closure keeps of an input whose value its backward reads.
+class Saved {
+ public:
+  Saved() = default;
+  explicit Saved(const Var& x) : value_(x.rebuild ? Tensor() : x.value), rebuild_(x.rebuild) {}
+  Tensor get() const { return rebuild_ ? rebuild_->get() : value_; }
+  const std::shared_ptr<Rebuild>& rebuild() const { return rebuild_; }
+
+ private:
+  Tensor value_;
+  std::shared_ptr<Rebuild> rebuild_;
 };
 
 class Tape {
@@ -44,8 +76,8 @@ class Tape {
   explicit Tape(bool recording = true) : recording_(recording) {}
   bool recording() const { return recording_; }
 
-  static Var constant(Tensor value) { return {std::move(value), nullptr}; }
-  static Var variable(Tensor value) { return {std::move(value), std::make_shared<GradSlot>()}; }
+  static Var constant(Tensor value) { return {std::move(value), nullptr, nullptr}; }
+  static Var variable(Tensor value) { return {std::move(value), std::make_shared<GradSlot>(), nullptr}; }
   // Output of an op: needs a gradient when one of its inputs or weights does.
   static Var output(Tensor value, bool needs_grad) {
     return needs_grad ? variable(std::move(value)) : constant(std::move(value));

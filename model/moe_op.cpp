@@ -37,8 +37,10 @@ class MoeRun {
   }
 
   Tensor forward(bool keep);
+  // Whether backward reads x.
+  bool reads_x() const { return !low_rank_.empty() || any_trainable(groups_, ExpertHalf::kGateUp); }
   // dx undefined: x needs no gradient. Returns the gradient of the gates.
-  Tensor backward(const Tensor& dy, const Tensor& dx, bool accumulate_dx);
+  Tensor backward(const Tensor& x, const Tensor& dy, const Tensor& dx, bool accumulate_dx);
 
  private:
   static int64_t expert_width(const MoeLayer& layer) {
@@ -98,7 +100,8 @@ class MoeRun {
   MoeGroups groups_;
   GemmCompute compute_;
   DType dtype_;
-  Tensor x_, gates_, first_;  // gates after merging; first_ undefined when nothing merges
+  Tensor x_;              // gone after forward
+  Tensor gates_, first_;  // gates after merging; first_ undefined when nothing merges
   DispatchPlan plan_;
   std::vector<LowRankTerms> low_rank_;
   int64_t hidden_ = 0, width_ = 0;
@@ -134,6 +137,7 @@ Tensor MoeRun::forward(bool keep) {
   h.reset();
 
   const Tensor y = empty(x_.dim(0), hidden_), rows = visit_rows(hidden_);
+  x_.reset();
   if (pairs_are_visits() && low_rank_.empty()) {  // the gate may wait until the rows are summed
     visit_product(a, {}, ExpertHalf::kDown, true, rows);
     run(Combine{.x = rows, .index = plan_.index_pair, .scales = gates_, .y = y});
@@ -165,7 +169,7 @@ void MoeRun::weight_gradient(ExpertHalf half, GroupedGemmK op) const {
   if (any_blended && groups_.beta < 1) run_for(blended, 1 - groups_.beta);  // d(blend) / d(bank)
 }
 
-Tensor MoeRun::backward(const Tensor& dy, const Tensor& dx, bool accumulate_dx) {
+Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, bool accumulate_dx) {
   const TraceRange trace(TraceLevel::kOp, "moe.experts.backward", plan_.num_pairs);
   const Tensor dgates = Tensor::zeros(gates_.shape(), gates_.dtype());
   Tensor a = empty(plan_.num_pairs, width_), da = empty(plan_.num_pairs, width_);
@@ -185,7 +189,7 @@ Tensor MoeRun::backward(const Tensor& dy, const Tensor& dx, bool accumulate_dx) 
     weight_gradient(ExpertHalf::kDown, {.a = dy, .a_rows = plan_.visit_token, .b = gated_sum(a)});
   }
   for (const LowRankTerms& terms : low_rank_) terms.down_backward(plan_, dy, a, gates_, da, dgates);
-  if (!dx.defined() && low_rank_.empty() && !any_trainable(groups_, ExpertHalf::kGateUp)) return unmerged(dgates);
+  if (!dx.defined() && !reads_x()) return unmerged(dgates);
 
   a.reset();
   const Tensor dh = h_;  // dh takes the place of h
@@ -197,16 +201,16 @@ Tensor MoeRun::backward(const Tensor& dy, const Tensor& dx, bool accumulate_dx) 
     run(SumPairs{.x = dh, .pair_visit = plan_.pair_visit, .y = dh0});
   }
   if (any_trainable(groups_, ExpertHalf::kGateUp)) {
-    weight_gradient(ExpertHalf::kGateUp, {.a = dh0, .b = x_, .b_rows = plan_.visit_token});
+    weight_gradient(ExpertHalf::kGateUp, {.a = dh0, .b = x, .b_rows = plan_.visit_token});
   }
   if (!dx.defined()) {
-    for (const LowRankTerms& terms : low_rank_) terms.gate_up_backward(plan_, dh, x_, {}, 0);
+    for (const LowRankTerms& terms : low_rank_) terms.gate_up_backward(plan_, dh, x, {}, 0);
     return unmerged(dgates);
   }
   const Tensor rows = visit_rows(hidden_);
   visit_product(dh0, {}, ExpertHalf::kGateUp, false, rows);
   combine(rows, dx, accumulate_dx, [&](size_t i, const Tensor& pair_rows, double beta) {
-    low_rank_[i].gate_up_backward(plan_, dh, x_, pair_rows, beta);
+    low_rank_[i].gate_up_backward(plan_, dh, x, pair_rows, beta);
   });
   return unmerged(dgates);
 }
@@ -216,12 +220,14 @@ Tensor MoeRun::backward(const Tensor& dy, const Tensor& dx, bool accumulate_dx) 
 Var moe_experts(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& slots, const Var& gates,
                 GemmCompute compute) {
   const bool needs = x.needs_grad() || gates.needs_grad() || any_trainable(layer);
+  const bool keep = tape.recording() && needs;
   const auto pass = std::make_shared<MoeRun>(layer, compute, x.value, slots, gates.value);
-  const Var y = Tape::output(pass->forward(tape.recording() && needs), needs);
-  tape.record(y, [pass, dx = x.grad, dgates = gates.grad, shape = x.value.shape()](const Tensor& dy) {
+  const Var y = Tape::output(pass->forward(keep), needs);
+  if (!keep) return y;
+  tape.record(y, [pass, x = pass->reads_x() ? Saved(x) : Saved(), dx = x.grad, dgates = gates.grad](const Tensor& dy) {
     bool accumulate = false;
-    const Tensor target = dx ? dx->target(shape, dy.dtype(), &accumulate) : Tensor();
-    const Tensor d = pass->backward(dy, target, accumulate);
+    const Tensor target = dx ? dx->target(dy.shape(), dy.dtype(), &accumulate) : Tensor();
+    const Tensor d = pass->backward(x.get(), dy, target, accumulate);
     if (dgates) dgates->add(d);
   });
   return y;

@@ -196,6 +196,27 @@ TEST(Autograd, ActivationsAreReleasedAsBackwardPasses) {
   EXPECT_EQ(live() - before, 0);
 }
 
+TEST(Autograd, CheapValuesAreRebuiltInsteadOfKept) {
+  constexpr int64_t kRows = 32, kWidth = 16, kBytes = kRows * kWidth * 8;
+  const ParameterPtr norm = parameter({kWidth}, 1), w1 = parameter({kWidth, kWidth}, 2),
+                     w2 = parameter({kWidth, kWidth}, 3);
+  std::vector<int32_t> places(kRows);
+  for (int32_t i = 0; i < kRows; ++i) places[static_cast<size_t>(i)] = i;
+  const Tensor positions = Tensor::from(places, {kRows});
+  const auto chain = [&](Tape& tape, const Var& x) {  // as the queries go, and twice into products
+    Var y = rope_in_place(tape, clamp(tape, rms_norm(tape, x, norm, 1e-5), 1.1), positions, 4, 1e4);
+    return add_in_place(tape, linear(tape, y, w1, {}), linear(tape, y, w2, {}));
+  };
+  const Var x = variable({kRows, kWidth}, 4);
+  const Tensor weights = random_tensor({kRows, kWidth}, DType::kF64, 5);
+  expect_good([&](Tape& tape) { return dot_loss(tape, chain(tape, x), weights); }, {x}, {norm, w1, w2});
+  const int64_t before = memory_use(MemoryCategory::kActivations).live_bytes;
+  Tape tape;
+  dot_loss(tape, chain(tape, x), weights);
+  EXPECT_EQ(memory_use(MemoryCategory::kActivations).live_bytes - before, kRows * 8);  // the norm's 1 / rms alone
+  EXPECT_LT(kRows * 8, kBytes);
+}
+
 TEST(Autograd, SharedGradientsAreNotWrittenOver) {
   GradSlot a, b;
   const Tensor dy = random_tensor({2, 2}, DType::kF64, 1), kept = dy.clone();
