@@ -59,7 +59,7 @@ class Trainer {
       words_.push_back(std::move(word));
       const auto index = static_cast<int32_t>(words_.size()) - 1;
       for_each_pair(words_.back(), [&](const Pair& pair) {
-        add_to_pair(pair, count);
+        add_to_pair(pair, words_.back().count);
         words_of_[pair].push_back(index);
       });
     }

@@ -13,14 +13,14 @@ constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
 }  // namespace
 
 LineReader::LineReader(const std::filesystem::path& file, int64_t max_line_bytes)
-    : file_(file), max_line_bytes_(max_line_bytes), buffer_(kBufferBytes) {
+    : file_(file), max_line_bytes_(max_line_bytes), buffer_(std::min<uint64_t>(kBufferBytes, file_.size())) {
   check(max_line_bytes > 0, ErrorKind::kUsage, "longest line of {} bytes, expected at least 1", max_line_bytes);
   const bool marked = fill() && std::string_view(buffer_.data(), end_).starts_with(kByteOrderMark);
   if (marked) begin_ = kByteOrderMark.size();
 }
 
 bool LineReader::fill() {
-  const auto bytes = static_cast<size_t>(std::min<uint64_t>(kBufferBytes, file_.size() - next_offset_));
+  const auto bytes = static_cast<size_t>(std::min<uint64_t>(buffer_.size(), file_.size() - next_offset_));
   if (bytes == 0) return false;
   file_.read(next_offset_, buffer_.data(), bytes);
   next_offset_ += bytes;
