@@ -50,12 +50,18 @@ void for_each_chunk(const Op& op, F&& f) {
   }
 }
 
+// One maximum per lane, because compilers do not reorder a single one (of NaN and zeros the order would show).
 template <class C>
 C largest(const C* values, int64_t n) {
-  C best = values[0];
-#pragma omp simd reduction(max : best)
-  for (int64_t j = 0; j < n; ++j) best = values[j] > best ? values[j] : best;
-  return best;
+  constexpr int64_t kLanes = 16;
+  C best[kLanes];
+  std::fill_n(best, kLanes, values[0]);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) best[lane] = std::max(best[lane], values[j + lane]);
+  }
+  for (; j < n; ++j) best[0] = std::max(best[0], values[j]);
+  return *std::max_element(best, best + kLanes);
 }
 
 // sum_j exp(values[j] - shift); with kKeep the exponentials replace the values.

@@ -26,4 +26,39 @@ inline const std::vector<GroupedCase> grouped_gemm = {
     {{40, 3}, 129, 130},
 };
 
+// Shapes worth timing. Grouped: m (k for grouped_k) rows in all, spread over the groups as a random router would.
+struct GemmBenchCase {
+  const char* kind;   // dense, grouped_m, grouped_k
+  const char* trans;  // nn, nt, tn
+  int64_t m, n, k, groups;
+};
+inline const std::vector<GemmBenchCase> gemm_bench = {
+    {"dense", "nn", 1024, 1024, 1024, 1},
+    {"dense", "nt", 1024, 1024, 1024, 1},
+    {"dense", "tn", 1024, 1024, 1024, 1},
+    // mid: T 1024, D 1024, F 512, E 32, K 8: gate/up, its dX, its dW, down, and the LM head
+    {"grouped_m", "nt", 8192, 1024, 1024, 32},
+    {"grouped_m", "nn", 8192, 1024, 1024, 32},
+    {"grouped_k", "tn", 1024, 1024, 8192, 32},
+    {"grouped_m", "nt", 8192, 1024, 512, 32},
+    {"grouped_k", "tn", 1024, 512, 8192, 32},
+    {"dense", "nt", 1024, 8192, 1024, 1},
+    // tiny: T 1024, D 256, F 128, E 16, K 4
+    {"grouped_m", "nt", 4096, 256, 256, 16},
+    {"grouped_k", "tn", 256, 256, 4096, 16},
+    // OLMoE 1B-7B, prefill of 512 tokens: gate/up, down, attention
+    {"grouped_m", "nt", 4096, 2048, 2048, 64},
+    {"grouped_m", "nt", 4096, 2048, 1024, 64},
+    {"dense", "nt", 512, 2048, 2048, 1},
+    // decode of one token: gate/up of 8 experts, attention, LM head; and of four
+    {"grouped_m", "nt", 8, 2048, 2048, 8},
+    {"dense", "nt", 1, 2048, 2048, 1},
+    {"dense", "nt", 1, 50304, 2048, 1},
+    {"dense", "nt", 4, 50304, 2048, 1},
+    // adapters of rank 16 in mid
+    {"grouped_m", "nt", 8192, 16, 1024, 32},
+    {"grouped_m", "nt", 8192, 1024, 16, 32},
+    {"grouped_k", "tn", 16, 1024, 8192, 32},
+};
+
 }  // namespace lightmoe::cases

@@ -1,0 +1,174 @@
+// gemm.h by hand: packed panels and register tiles (gemm_native_tile.h), f32 or bf16 products, any storage.
+// Every element of C is alpha * (one chain of fused multiply-adds over k ascending, from zero) + beta * C, whatever the
+// shape of the product, the way it is cut into tasks and the number of threads: hence the row independence of gemm.h.
+
+#include <algorithm>
+
+#include "kernels/gemm_native_pack.h"
+#include "kernels/gemm_native_rows.h"
+#include "kernels/gemm_native_tile.h"
+#include "runtime/parallel.h"
+
+namespace lightmoe::native {
+namespace {
+
+constexpr int64_t kBlockSteps = 512;      // of k: a panel of A and one of B stream from the second-level cache
+constexpr int64_t kBlockPanels = 14;      // of A: they stay in the second-level cache
+constexpr int64_t kSerialFlop = 1 << 20;  // a product under this is not worth waking threads
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTaskSizes[][2] = {{448, 512}, {448, 256}, {224, 256}, {112, 256}, {112, 128}, {56, 64}};
+
+struct Task {  // rows and columns of C of one problem
+  const GemmProblem* problem;
+  int64_t row, rows, column, columns;
+};
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Rows of a task in panels of nearly equal height, at most kMaxRows.
+struct RowPanels {
+  int64_t rows, count;
+  explicit RowPanels(int64_t rows) : rows(rows), count(pieces_of(rows, kMaxRows)) {}
+  int64_t begin(int64_t i) const { return rows * i / count; }
+  int height(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
+};
+
+// Packed A and B of one block of k, and the sums: of the whole task when k takes several blocks, else of a tile.
+struct Workspace {
+  std::shared_ptr<Buffer> memory;
+  uint32_t *a, *b;
+  float* sums;
+  Workspace(int64_t a_dwords, int64_t b_dwords, int64_t num_sums) {
+    a_dwords = round_up(a_dwords + kLanes, 16), b_dwords = round_up(b_dwords, 16);
+    memory = Buffer::allocate(static_cast<size_t>(a_dwords + b_dwords + num_sums) * 4, DeviceKind::kCpu,
+                              MemoryCategory::kScratch);
+    a = static_cast<uint32_t*>(memory->data()), b = a + a_dwords;
+    sums = reinterpret_cast<float*>(b + b_dwords);
+  }
+};
+
+class BlockedTask {
+ public:
+  BlockedTask(const Task& task, const GemmProblems& all)
+      : task_(task),
+        p_(*task.problem),
+        compute_(all.compute),
+        panels_(task.rows),
+        columns_(round_up(task.columns, kLanes)),
+        steps_(steps_of(all.compute, p_.k)),
+        block_steps_(std::min(steps_, kBlockSteps)),
+        one_block_(steps_ <= kBlockSteps),
+        space_(std::min(task.rows, kBlockPanels * kMaxRows) * block_steps_, columns_ * block_steps_,
+               one_block_ ? kMaxRows * kColumns : task.rows * columns_),
+        out_{p_.c, p_.c_dtype, p_.c_stride, static_cast<float>(all.alpha), static_cast<float>(all.beta)} {}
+
+  void run() {
+    for (int64_t step = 0; step == 0 || step < steps_; step += kBlockSteps) {
+      const int64_t k_begin = step * k_per_step(compute_);
+      const int64_t k_end = std::min(p_.k, (step + kBlockSteps) * k_per_step(compute_));
+      pack_b(k_begin, k_end);
+      for (int64_t panel = 0; panel < panels_.count; panel += kBlockPanels) {
+        const int64_t end = std::min(panel + kBlockPanels, panels_.count);
+        pack_a(panel, end, k_begin, k_end);
+        multiply(panel, end, std::min(kBlockSteps, steps_ - step), step == 0, step + kBlockSteps >= steps_);
+      }
+    }
+  }
+
+ private:
+  void pack_b(int64_t k_begin, int64_t k_end) {
+    const PanelSource source = panels_of_b(p_, compute_);
+    for (int64_t j = 0; j < task_.columns; j += kColumns) {
+      const int count = static_cast<int>(std::min<int64_t>(kColumns, task_.columns - j));
+      const int width = static_cast<int>(std::min<int64_t>(kColumns, columns_ - j));
+      pack_panel(source, task_.column + j, count, width, k_begin, k_end, space_.b + j * block_steps_);
+    }
+  }
+  uint32_t* packed_a(int64_t first_panel, int64_t panel) {
+    return space_.a + (panels_.begin(panel) - panels_.begin(first_panel)) * block_steps_;
+  }
+  void pack_a(int64_t begin, int64_t end, int64_t k_begin, int64_t k_end) {
+    const PanelSource source = panels_of_a(p_, compute_);
+    for (int64_t i = begin; i < end; ++i) {
+      const int height = panels_.height(i);
+      pack_panel(source, task_.row + panels_.begin(i), height, height, k_begin, k_end, packed_a(begin, i));
+    }
+  }
+  void multiply(int64_t begin, int64_t end, int64_t steps, bool first, bool last) {
+    for (int64_t j = 0; j < task_.columns; j += kColumns) {
+      const int width = static_cast<int>(std::min<int64_t>(kColumns, columns_ - j));
+      const int count = static_cast<int>(std::min<int64_t>(kColumns, task_.columns - j));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = panels_.begin(i);
+        const int height = panels_.height(i);
+        float* sums = space_.sums + (one_block_ ? 0 : row * columns_ + j * height);
+        if (first) std::fill_n(sums, height * width, 0.0f);
+        tile_function(compute_, height, width / kLanes)(steps, packed_a(begin, i), space_.b + j * block_steps_, sums);
+        if (last) write_tile(out_, task_.row + row, task_.column + j, height, count, sums, width);
+      }
+    }
+  }
+
+  const Task task_;
+  const GemmProblem& p_;
+  const GemmCompute compute_;
+  const RowPanels panels_;
+  const int64_t columns_, steps_, block_steps_;  // columns with padding
+  const bool one_block_;
+  Workspace space_;
+  const TileOutput out_;
+};
+
+// Problems cut into tasks, the largest ones of which still keep all threads busy.
+std::vector<Task> tasks_of(const GemmProblems& all) {
+  int64_t flop = 0;
+  for (const GemmProblem& p : all.items) flop += 2 * p.m * p.n * std::max<int64_t>(p.k, 1);
+  const int64_t wanted = flop < kSerialFlop ? 1 : kTasksPerThread * num_threads();
+  std::vector<Task> tasks;
+  for (const auto [max_rows, max_columns] : kTaskSizes) {
+    tasks.clear();
+    for (const GemmProblem& p : all.items) {
+      const int64_t down = pieces_of(p.m, max_rows), across = pieces_of(p.n, max_columns);
+      const int64_t rows = pieces_of(p.m, down), columns = round_up(pieces_of(p.n, across), kColumns);
+      for (int64_t j = 0; j < p.n; j += columns) {
+        for (int64_t i = 0; i < p.m; i += rows) {
+          tasks.push_back({&p, i, std::min(rows, p.m - i), j, std::min(columns, p.n - j)});
+        }
+      }
+    }
+    if (static_cast<int64_t>(tasks.size()) >= wanted) break;
+  }
+  return tasks;
+}
+
+void multiply(const GemmProblems& all) {
+  const std::vector<Task> tasks = tasks_of(all);
+  const auto run_task = [&](int64_t i) {
+    const Task& task = tasks[static_cast<size_t>(i)];
+    if (has_few_rows(*task.problem))
+      multiply_few_rows(*task.problem, all, task.column, task.column + task.columns);
+    else
+      BlockedTask(task, all).run();
+  };
+  parallel_items(static_cast<int64_t>(tasks.size()), run_task);
+}
+
+bool supports(const GemmDesc& desc) { return desc.device == DeviceKind::kCpu && desc.c != DType::kF64; }
+
+double cost(const GemmDesc& desc) {
+  const double m = static_cast<double>(desc.m), n = static_cast<double>(desc.n), k = static_cast<double>(desc.k);
+  return 2 * m * n * k / (1e5 * num_threads());
+}
+
+const RegisterGemmBackend native{{
+    .name = "native",
+    .supports = &supports,
+    .cost = &cost,
+    .dense = [](const Gemm& op) { multiply(problems_of(op)); },
+    .grouped_m = [](const GroupedGemmM& op) { multiply(problems_of(op)); },
+    .grouped_k = [](const GroupedGemmK& op) { multiply(problems_of(op)); },
+}};
+
+}  // namespace
+}  // namespace lightmoe::native
