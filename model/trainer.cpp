@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "loaders/output.h"
 #include "model/checkpoint.h"
 #include "model/progress.h"
 #include "model/trainer_guard.h"
@@ -47,6 +48,7 @@ class Training {
   void start();
   void resume(const CheckpointStore::Found& found);
   void report_start();
+  void warn_of_full_disk(const TrainingMemory& memory);
   void one_step(int64_t step);
   StepStats forward_backward(int64_t step);
   void update(StepStats& stats);
@@ -143,6 +145,7 @@ void Training::report_start() {
   progress_->note(fmt::format("{} of {} parameters train; weights {}, gradients {}, optimizer {}", memory.trainable,
                               memory.parameters, format_bytes(memory.weight_bytes), format_bytes(memory.gradient_bytes),
                               format_bytes(memory.optimizer_bytes)));
+  warn_of_full_disk(memory);
   if (state_.step > 0) progress_->note(fmt::format("resumed after step {}", state_.step));
   Json line = {{"event", state_.step > 0 ? "resume" : "start"},
                {"step", state_.step},
@@ -154,6 +157,18 @@ void Training::report_start() {
   line["gradient_bytes"] = memory.gradient_bytes;
   line["optimizer_bytes"] = memory.optimizer_bytes;
   log(std::move(line));
+}
+
+void Training::warn_of_full_disk(const TrainingMemory& memory) {
+  if (!store_->enabled()) return;
+  const int64_t trained = memory.gradient_bytes;  // a trained weight takes what its gradient takes, or less
+  const int64_t one = trained + memory.optimizer_bytes + (hooks_.save_model ? memory.weight_bytes : 0);
+  const int64_t room = one * (options_.checkpoint.keep + 2);  // the best one, and the new one before the oldest goes
+  const auto free = static_cast<int64_t>(free_bytes(options_.checkpoint.directory));
+  if (free > 0 && free < room) {
+    warn(fmt::format("{}: {} free; a checkpoint takes up to {}, {} of them {}", options_.checkpoint.directory.string(),
+                     format_bytes(free), format_bytes(one), options_.checkpoint.keep + 2, format_bytes(room)));
+  }
 }
 
 void Training::one_step(int64_t step) {

@@ -33,8 +33,9 @@ std::vector<Document> load_documents(const std::vector<std::filesystem::path>& f
           "{}: the model directory has no tokenizer.json; give token ids (--tokens)", file.string());
     ReadReport read;
     for (const TextRecord& record : read_records(file, {.skip_invalid = skip_invalid}, &read)) {
-      check(record.choices.empty(), ErrorKind::kInput, "{}:{}: multiple choice is for evaluation, not for training",
-            file.string(), record.line);
+      check(record.choices.empty(), ErrorKind::kInput,
+            "{}:{}: a multiple-choice record has no text to learn; the verb eval reads these", file.string(),
+            record.line);
       documents.push_back(tokenize(record, *tokenizer, eos));
       check_ids(documents.back(), file, record.line, config.vocab_size);
     }

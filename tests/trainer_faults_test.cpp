@@ -156,6 +156,33 @@ TEST(TrainerFaults, ASecondSignalExitsAtOnce) {
   EXPECT_FALSE(fs::exists(step_directory(directory / "c", 2)));
 }
 
+TEST(TrainerFaults, AnEvaluationThatASignalMetIsRepeatedAndNoOther) {
+  TempDir directory;
+  Session whole, stopped, resumed;
+  whole(session_options(8, directory / "whole"));
+  stopped.hooks.evaluate = [&](int64_t step) {
+    raise(SIGTERM);
+    EXPECT_TRUE(stop_requested());
+    EXPECT_EQ(step, 4);
+    return EvalPoint{.loss = -1000};  // half an evaluation: must not count
+  };
+  EXPECT_EQ(stopped(session_options(8, directory / "parts")).steps_done, 4);
+  std::vector<int64_t> evaluated;
+  const auto real = resumed.hooks.evaluate;
+  resumed.hooks.evaluate = [&](int64_t step) {
+    evaluated.push_back(step);
+    return real(step);
+  };
+  resumed(session_options(8, directory / "parts"));
+  EXPECT_EQ(evaluated, (std::vector<int64_t>{4, 8}));
+  expect_same_checkpoint(step_directory(directory / "parts", 8), step_directory(directory / "whole", 8));
+  evaluated.clear();
+  Session again;
+  again.hooks.evaluate = resumed.hooks.evaluate;
+  again(session_options(8, directory / "parts"));  // finished: nothing is evaluated a second time
+  EXPECT_TRUE(evaluated.empty());
+}
+
 TEST(TrainerFaults, UserSignalSavesAndGoesOn) {
   TempDir directory;
   Session run;
