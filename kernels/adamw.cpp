@@ -17,7 +17,8 @@ struct Chunk {
   int64_t begin, end;
 };
 
-template <class TensorAt> std::vector<Chunk> cut(size_t count, const TensorAt& tensor_at) {
+template <class TensorAt>
+std::vector<Chunk> cut(size_t count, const TensorAt& tensor_at) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < count; ++i) {
     const int64_t elements = tensor_at(i).defined() ? tensor_at(i).numel() : 0;
@@ -28,7 +29,8 @@ template <class TensorAt> std::vector<Chunk> cut(size_t count, const TensorAt& t
   return chunks;
 }
 
-template <class W, class G> void update(const AdamW& op, const Chunk& chunk) {
+template <class W, class G>
+void update(const AdamW& op, const Chunk& chunk) {
   using C = compute_t<W>;
   const AdamWTensor& tensor = op.tensors[chunk.tensor];
   W* w = tensor.w.data<W>();
@@ -58,18 +60,22 @@ void adamw_cpu(const AdamW& op) {
       const Chunk& chunk = chunks[static_cast<size_t>(c)];
       const AdamWTensor& tensor = op.tensors[chunk.tensor];
       visit_floating("adamw", tensor.w.dtype(), [&]<class W>() {
-        if (tensor.grad.dtype() == tensor.w.dtype()) update<W, W>(op, chunk);
-        else update<W, float>(op, chunk);
+        if (tensor.grad.dtype() == tensor.w.dtype())
+          update<W, W>(op, chunk);
+        else
+          update<W, float>(op, chunk);
       });
     }
   });
 }
 const RegisterKernel<AdamW> register_adamw{DeviceKind::kCpu, &adamw_cpu};
 
-template <class T> double sum_of_squares(const T* values, int64_t count) {
+template <class T>
+double sum_of_squares(const T* values, int64_t count) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(load(values, i)) * static_cast<double>(load(values, i));
+  for (int64_t i = 0; i < count; ++i)
+    sum += static_cast<double>(load(values, i)) * static_cast<double>(load(values, i));
   return sum;
 }
 

@@ -7,88 +7,165 @@ namespace {
 
 using namespace attention_detail;
 
+constexpr int64_t kFewRows = 6;  // of a product: B is then read once
+
 // A block of query rows times the heads that share a key head; row r of the tile is query r / group, head r % group.
 struct QueryTile {
   Span span;
   int64_t kv_head, first, queries;
 };
 
-template <class C> struct Workspace {
-  int64_t width;  // head_dim, padded to whole vectors
+// Scores lie across: scores[key][row], so that the softmax of a row runs down a lane and never across one.
+template <class C>
+struct Workspace {
+  int64_t width, lanes;  // head_dim and the rows of a tile, padded to whole vectors
   Tensor memory;
-  C *q, *keys, *values, *scores, *out, *largest, *sum;
-  explicit Workspace(const Sizes& z) : width(round_up(z.head_dim, kLanes<C>)) {
+  C *q_across, *keys, *values, *scores, *out, *largest, *sum, *correction, *shift;
+  std::vector<int64_t> seen;
+  explicit Workspace(const Sizes& z)
+      : width(round_up(z.head_dim, kLanes<C>)), lanes(round_up(z.tile_rows(), kLanes<C>)) {
     const MemoryScope scope(MemoryCategory::kScratch);
-    const int64_t rows = z.tile_rows();
-    memory = Tensor::empty({2 * rows * width + 2 * kKeyBlock * width + rows * kKeyBlock + 2 * rows}, dtype_of<C>);
-    q = memory.data<C>();
-    out = q + rows * width;
-    keys = out + rows * width;
-    values = keys + kKeyBlock * width;
-    scores = values + kKeyBlock * width;
-    largest = scores + rows * kKeyBlock;
-    sum = largest + rows;
+    memory = Tensor::empty({lanes * (2 * width + kKeyBlock + 4) + 2 * kKeyBlock * width}, dtype_of<C>);
+    C* next = memory.data<C>();
+    const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+    q_across = take(width * lanes), out = take(lanes * width), scores = take(kKeyBlock * lanes);
+    keys = take(kKeyBlock * width), values = take(kKeyBlock * width);
+    largest = take(lanes), sum = take(lanes), correction = take(lanes), shift = take(lanes);
+    seen.assign(static_cast<size_t>(lanes), 0);
   }
 };
 
-// Running softmax of one row over one block of keys (FlashAttention, arXiv 2205.14135): scores become unnormalised probabilities,
-// what was summed before is rescaled to the new maximum. Keys that the row does not see, or that do not exist, get probability 0,
-// which changes no bit of the sums: so a row's result does not depend on how many more keys its tile or its cache has.
-template <class C> void softmax_row(C* scores, int64_t seen, int64_t padded, C* largest, C* sum, C* out, int64_t width) {
-  if (seen <= 0) {
-    std::fill(scores, scores + padded, C(0));
-    return;
-  }
-  for (int64_t i = seen; i < padded; ++i) scores[i] = -std::numeric_limits<C>::infinity();
-  C peak = *largest;
-#pragma omp simd reduction(max : peak)
-  for (int64_t i = 0; i < padded; ++i) peak = std::max(peak, scores[i]);
-  const C correction = exp_of(*largest - peak);
+// Running softmax over one block of keys (FlashAttention, arXiv 2205.14135): scores become unnormalised probabilities, and
+// correction[row] rescales what was summed before to the new maximum. A key that a row does not see gets probability 0, which
+// changes no bit of its sums: so a result does not depend on how many more keys the tile or the cache has.
+template <class C>
+void softmax_block(Workspace<C>* w, int64_t keys, int64_t lanes, bool all_seen) {
+  constexpr C kNever = -std::numeric_limits<C>::infinity();
+  const int64_t* seen = w->seen.data();
+  C *largest = w->largest, *sum = w->sum, *correction = w->correction, *shift = w->shift;
+  std::copy(largest, largest + lanes, shift);
+  for (int64_t i = 0; i < keys; ++i) {
+    C* score = w->scores + i * w->lanes;
+    if (!all_seen) {
 #pragma omp simd
-  for (int64_t i = 0; i < padded; ++i) scores[i] = exp_of(scores[i] - peak);
-  Vec<C> total = {};
-  for (int64_t i = 0; i < padded; i += kLanes<C>) total += load_vec(scores + i);
-  *sum = *sum * correction + sum_lanes<C>(total);
-  *largest = peak;
-  for (int64_t d = 0; d < width; ++d) out[d] *= correction;
+      for (int64_t r = 0; r < lanes; ++r) score[r] = i < seen[r] ? score[r] : kNever;
+    }
+#pragma omp simd
+    for (int64_t r = 0; r < lanes; ++r) largest[r] = score[r] > largest[r] ? score[r] : largest[r];
+  }
+#pragma omp simd
+  for (int64_t r = 0; r < lanes; ++r) {
+    const C before = shift[r];
+    shift[r] = largest[r] == kNever ? C(0) : largest[r];  // nothing seen yet: everything stays 0
+    correction[r] = exp_of(before - shift[r]);
+    sum[r] *= correction[r];
+  }
+  for (int64_t i = 0; i < keys; ++i) {
+    C* score = w->scores + i * w->lanes;
+#pragma omp simd
+    for (int64_t r = 0; r < lanes; ++r) {
+      score[r] = exp_of(score[r] - shift[r]);
+      sum[r] += score[r];
+    }
+  }
 }
 
 template <class T, class K>
-void attend(const Attention& op, const Sizes& z, const QueryTile& tile, Workspace<compute_t<T>>* w) {
-  using C = compute_t<T>;
-  const int64_t rows = tile.queries * z.group, width = w->width, kv_row = z.kv_heads * z.head_dim;
-  const int64_t q_row = tile.span.q_begin + tile.first, first_head = tile.kv_head * z.group;
-  const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(z.head_dim)));
-  for (int64_t j = 0; j < tile.queries; ++j) {
-    const T* q = op.q.data<T>() + ((q_row + j) * z.heads + first_head) * z.head_dim;
-    copy_tile(q, z.head_dim, z.group, z.head_dim, scale, w->q + j * z.group * width, width);
-  }
-  std::fill(w->out, w->out + rows * width, C(0));
-  std::fill(w->sum, w->sum + rows, C(0));
-  std::fill(w->largest, w->largest + rows, -std::numeric_limits<C>::infinity());
-  const int64_t end = tile.span.visible(tile.first + tile.queries - 1);
-  for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
-    const int64_t count = std::min(kKeyBlock, end - begin), padded = round_up(count, kLanes<C>);
-    const int64_t at = (tile.span.k_begin + begin) * kv_row + tile.kv_head * z.head_dim;
-    transpose_tile(op.k.data<K>() + at, kv_row, count, z.head_dim, w->keys);
-    copy_tile(op.v.data<K>() + at, kv_row, count, z.head_dim, C(1), w->values, width);
-    tile_product<C>(rows, padded, z.head_dim, {w->q, width, 1}, w->keys, kKeyBlock, {w->scores, kKeyBlock, false});
-    for (int64_t r = 0; r < rows; ++r) {
-      softmax_row(w->scores + r * kKeyBlock, std::min(count, tile.span.visible(tile.first + r / z.group) - begin), padded,
-                  w->largest + r, w->sum + r, w->out + r * width, width);
-    }
-    tile_product<C>(rows, width, count, {w->scores, kKeyBlock, 1}, w->values, width, {w->out, width, true});
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = q_row + r / z.group, head = first_head + r % z.group;
-    const C inverse = w->sum[r] > 0 ? C(1) / w->sum[r] : w->sum[r];  // no key: 0; NaN stays
-    T* out = op.out.data<T>() + (row * z.heads + head) * z.head_dim;
-    for (int64_t d = 0; d < z.head_dim; ++d) store(out, d, w->out[r * width + d] * inverse);
-    if (op.lse.defined()) op.lse.data<C>()[head * z.queries + row] = w->largest[r] + std::log(w->sum[r]);
-  }
-}
+struct Rows {
+  const T* q;
+  const K *k, *v;
+  T* out;
+  compute_t<T>* lse;  // null: not kept
+};
 
-template <class T, class K> void forward(const Attention& op) {
+template <class T, class K>
+class Tile {
+ public:
+  using C = compute_t<T>;
+  Tile(const Rows<T, K>& rows, const Sizes& z, const QueryTile& tile, Workspace<C>* workspace)
+      : at_(rows),
+        z_(z),
+        tile_(tile),
+        w_(*workspace),
+        rows_(tile.queries * z.group),
+        lanes_(round_up(rows_, kLanes<C>)),
+        head_(tile.kv_head * z.group) {}
+
+  void run() {
+    load_queries();
+    const int64_t end = tile_.span.visible(tile_.first + tile_.queries - 1);
+    for (int64_t begin = 0; begin < end; begin += kKeyBlock) key_block(begin, std::min(kKeyBlock, end - begin));
+    store();
+  }
+
+ private:
+  int64_t q_offset(int64_t j) const {
+    return ((tile_.span.q_begin + tile_.first + j) * z_.heads + head_) * z_.head_dim;
+  }
+
+  void load_queries() {
+    const C scale = static_cast<C>(1 / std::sqrt(static_cast<double>(z_.head_dim)));
+    C* q = w_.out;  // free until the first block
+    for (int64_t j = 0; j < tile_.queries; ++j) {
+      const T* from = at_.q + q_offset(j);
+      copy_tile(from, z_.head_dim, z_.group, z_.head_dim, scale, q + j * z_.group * w_.width, w_.width);
+    }
+    transpose_tile(q, w_.width, rows_, z_.head_dim, w_.q_across, w_.lanes);
+    std::fill(w_.out, w_.out + rows_ * w_.width, C(0));
+    std::fill(w_.sum, w_.sum + lanes_, C(0));
+    std::fill(w_.largest, w_.largest + lanes_, -std::numeric_limits<C>::infinity());
+  }
+
+  void key_block(int64_t begin, int64_t count) {
+    const int64_t kv_row = z_.kv_heads * z_.head_dim;
+    const int64_t at = (tile_.span.k_begin + begin) * kv_row + tile_.kv_head * z_.head_dim;
+    const K *k = at_.k + at, *v = at_.v + at;
+    TileFactor<C> keys{w_.keys, w_.width, 1};
+    const C* values = w_.values;
+    int64_t values_row = w_.width;
+    if constexpr (std::is_same_v<K, C>) {  // what is read only once is not worth a copy
+      keys = {k, kv_row, 1};
+      if (rows_ <= kFewRows && w_.width == z_.head_dim) values = v, values_row = kv_row;
+    } else {
+      copy_tile(k, kv_row, count, z_.head_dim, C(1), w_.keys, w_.width);
+    }
+    if (values == w_.values) copy_tile(v, kv_row, count, z_.head_dim, C(1), w_.values, w_.width);
+    tile_product<C>(count, lanes_, z_.head_dim, keys, w_.q_across, w_.lanes, {w_.scores, w_.lanes, false});
+
+    bool all_seen = true;
+    for (int64_t r = 0; r < rows_; ++r) {
+      w_.seen[static_cast<size_t>(r)] = tile_.span.visible(tile_.first + r / z_.group) - begin;
+      all_seen = all_seen && w_.seen[static_cast<size_t>(r)] >= count;
+    }
+    softmax_block(&w_, count, lanes_, all_seen);
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (w_.correction[r] == C(1)) continue;
+      for (int64_t d = 0; d < w_.width; ++d) w_.out[r * w_.width + d] *= w_.correction[r];
+    }
+    tile_product<C>(rows_, w_.width, count, {w_.scores, 1, w_.lanes}, values, values_row, {w_.out, w_.width, true});
+  }
+
+  void store() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t j = r / z_.group, g = r % z_.group;
+      const C inverse = w_.sum[r] == 0 ? C(0) : C(1) / w_.sum[r];  // no key: 0
+      T* out = at_.out + q_offset(j) + g * z_.head_dim;
+      for (int64_t d = 0; d < z_.head_dim; ++d) lightmoe::store(out, d, w_.out[r * w_.width + d] * inverse);
+      if (at_.lse == nullptr) continue;
+      C* lse = at_.lse + (head_ + g) * z_.queries + tile_.span.q_begin + tile_.first;
+      lse[j] = w_.largest[r] + std::log(w_.sum[r]);
+    }
+  }
+
+  const Rows<T, K>& at_;
+  const Sizes& z_;
+  const QueryTile& tile_;
+  Workspace<C>& w_;
+  const int64_t rows_, lanes_, head_;
+};
+
+template <class T, class K>
+void forward(const Attention& op) {
   const Sizes z(op);
   std::vector<QueryTile> tiles;
   int64_t cost = 0;
@@ -101,9 +178,11 @@ template <class T, class K> void forward(const Attention& op) {
       cost += (end - first) * (span.visible(end - 1) + 1) * z.heads * z.head_dim;
     }
   }
+  const Rows<T, K> rows{op.q.data<T>(), op.k.data<K>(), op.v.data<K>(), op.out.data<T>(),
+                        op.lse.defined() ? op.lse.data<compute_t<T>>() : nullptr};
   share_items(static_cast<int64_t>(tiles.size()), cost, [&](const auto& next) {
     Workspace<compute_t<T>> workspace(z);
-    for (int64_t i = next(); i >= 0; i = next()) attend<T, K>(op, z, tiles[static_cast<size_t>(i)], &workspace);
+    for (int64_t i = next(); i >= 0; i = next()) Tile<T, K>(rows, z, tiles[static_cast<size_t>(i)], &workspace).run();
   });
 }
 
@@ -112,7 +191,8 @@ void forward_cpu(const Attention& op) {
 }
 const RegisterKernel<Attention> register_forward{DeviceKind::kCpu, &forward_cpu};
 
-template <class Op> void check_inputs(const Op& op, const char* name) {
+template <class Op>
+void check_inputs(const Op& op, const char* name) {
   require(op.head_dim > 0, "{}: head_dim is {}", name, op.head_dim);
   require(op.q.rank() == 2 && op.q.dim(1) % op.head_dim == 0, "{}: q is {}, expected [Tq, H*{}]", name,
           op.q.shape().str(), op.head_dim);
@@ -123,7 +203,8 @@ template <class Op> void check_inputs(const Op& op, const char* name) {
   require_tensor(op.out, name, "out", op.q.shape(), op.q.dtype());
 }
 
-template <class Op> void check_sequences(const Op& op, const char* name) {
+template <class Op>
+void check_sequences(const Op& op, const char* name) {
   const AttentionSequences& s = op.sequences;
   require(s.k_begin.rank() == 1, "{}: k_begin is {}, expected [N]", name, s.k_begin.shape().str());
   const Shape shape{s.k_begin.dim(0)};

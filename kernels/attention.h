@@ -9,7 +9,9 @@
 // dtypes: q, k, v, out f32/bf16/f64 (one type; k, v may be bf16 under f32 q); lse f32 (f64); all sums f32 (f64).
 // writes: out, lse, dq, dk, dv with '='. dk, dv rows that no sequence owns become 0. lse undefined = not kept.
 //   Key ranges of different sequences do not overlap in backward.
-// memory: O(Tq H) beside the arguments, never Tq x Tk.  Deterministic; a query's result does not depend on the other sequences.
+// memory: beside the arguments, per thread some tiles, in backward also dq of one sequence and key head: never Tq x Tk.
+// Deterministic. A query's result has the same bits whatever else is in the call, wherever its keys lie, and in prefill and decode
+//   alike (CPU: keys are taken in blocks of 64 counted from key 0, masked keys add exact zeros; values must be finite).
 // cost: 4 Hd H FLOPs per (query, key) pair forward, 10 backward.
 
 #include "runtime/dispatch.h"

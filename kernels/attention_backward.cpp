@@ -8,34 +8,56 @@ namespace {
 
 using namespace attention_detail;
 
-template <class C> struct Workspace {
+template <class C>
+struct Workspace {
   int64_t width;  // head_dim, padded to whole vectors
   Tensor memory;
-  C *keys, *keys_across, *values_across, *dk, *dv;            // of a block of keys
-  C *q, *dout, *probs, *dscores;                              // of a tile of queries
-  C *dq, *delta;                                              // of all queries of a sequence
+  C *keys, *keys_across, *values_across, *dk, *dv;  // of a block of keys
+  C *q, *dout, *probs, *dscores;                    // of a tile of queries
+  C *dq, *delta;                                    // of all queries of a sequence
   Workspace(const Sizes& z, int64_t most_queries) : width(round_up(z.head_dim, kLanes<C>)) {
     const MemoryScope scope(MemoryCategory::kScratch);
     const int64_t rows = z.tile_rows(), key_tile = kKeyBlock * width, all_rows = most_queries * z.group;
     memory = Tensor::empty({5 * key_tile + 2 * rows * (width + kKeyBlock) + all_rows * (width + 1)}, dtype_of<C>);
     C* next = memory.data<C>();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
-    keys = take(key_tile), keys_across = take(key_tile), values_across = take(key_tile), dk = take(key_tile), dv = take(key_tile);
+    keys = take(key_tile), keys_across = take(key_tile), values_across = take(key_tile), dk = take(key_tile),
+    dv = take(key_tile);
     q = take(rows * width), dout = take(rows * width), probs = take(rows * kKeyBlock), dscores = take(rows * kKeyBlock);
     dq = take(all_rows * width), delta = take(all_rows);
   }
 };
 
+template <class T, class K>
+struct Rows {
+  const T *q, *out, *dout;
+  const K *k, *v;
+  const compute_t<T>* lse;
+  T* dq;
+  K *dk, *dv;
+  explicit Rows(const AttentionBackward& op)
+      : q(op.q.data<T>()),
+        out(op.out.data<T>()),
+        dout(op.dout.data<T>()),
+        k(op.k.data<K>()),
+        v(op.v.data<K>()),
+        lse(op.lse.data<compute_t<T>>()),
+        dq(op.dq.data<T>()),
+        dk(op.dk.data<K>()),
+        dv(op.dv.data<K>()) {}
+};
+
 // One sequence and one key head with the query heads that share it. Row r of the sequence is query r / group, head r % group.
-template <class T, class K> class Item {
+template <class T, class K>
+class Item {
  public:
   using C = compute_t<T>;
-  Item(const AttentionBackward& op, const Sizes& z, int64_t index, Workspace<C>* workspace)
-      : op_(op),
+  Item(const Rows<T, K>& rows, const Sizes& z, const Span& span, int64_t kv_head, Workspace<C>* workspace)
+      : at_(rows),
         z_(z),
         w_(*workspace),
-        span_(span_of(op.sequences, index / z.kv_heads)),
-        kv_head_(index % z.kv_heads),
+        span_(span),
+        kv_head_(kv_head),
         scale_(static_cast<C>(1 / std::sqrt(static_cast<double>(z.head_dim)))) {}
 
   void run() {
@@ -63,7 +85,7 @@ template <class T, class K> class Item {
     std::fill(w_.dq, w_.dq + rows * w_.width, C(0));
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = q_offset(r / z_.group) + r % z_.group * z_.head_dim;
-      const T *out = op_.out.template data<T>() + at, *dout = op_.dout.template data<T>() + at;
+      const T *out = at_.out + at, *dout = at_.dout + at;
       Vec<C> sum = {};
       int64_t d = 0;
       for (; d + kLanes<C> <= z_.head_dim; d += kLanes<C>) sum += load_vec(out + d) * load_vec(dout + d);
@@ -74,10 +96,10 @@ template <class T, class K> class Item {
 
   void load_keys() {
     const int64_t row = z_.kv_heads * z_.head_dim;
-    const K *k = op_.k.template data<K>() + k_offset(keys_begin_), *v = op_.v.template data<K>() + k_offset(keys_begin_);
+    const K *k = at_.k + k_offset(keys_begin_), *v = at_.v + k_offset(keys_begin_);
     copy_tile(k, row, keys_, z_.head_dim, C(1), w_.keys, w_.width);
-    transpose_tile(k, row, keys_, z_.head_dim, w_.keys_across);
-    transpose_tile(v, row, keys_, z_.head_dim, w_.values_across);
+    transpose_tile(k, row, keys_, z_.head_dim, w_.keys_across, kKeyBlock);
+    transpose_tile(v, row, keys_, z_.head_dim, w_.values_across, kKeyBlock);
     std::fill(w_.dk, w_.dk + keys_ * w_.width, C(0));
     std::fill(w_.dv, w_.dv + keys_ * w_.width, C(0));
   }
@@ -87,11 +109,13 @@ template <class T, class K> class Item {
     const int64_t rows = count * z_.group, width = w_.width;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t to = i * z_.group * width;
-      copy_tile(op_.q.template data<T>() + q_offset(j + i), z_.head_dim, z_.group, z_.head_dim, scale_, w_.q + to, width);
-      copy_tile(op_.dout.template data<T>() + q_offset(j + i), z_.head_dim, z_.group, z_.head_dim, C(1), w_.dout + to, width);
+      copy_tile(at_.q + q_offset(j + i), z_.head_dim, z_.group, z_.head_dim, scale_, w_.q + to, width);
+      copy_tile(at_.dout + q_offset(j + i), z_.head_dim, z_.group, z_.head_dim, C(1), w_.dout + to, width);
     }
-    tile_product<C>(rows, padded_, z_.head_dim, {w_.q, width, 1}, w_.keys_across, kKeyBlock, {w_.probs, kKeyBlock, false});
-    tile_product<C>(rows, padded_, z_.head_dim, {w_.dout, width, 1}, w_.values_across, kKeyBlock, {w_.dscores, kKeyBlock, false});
+    tile_product<C>(rows, padded_, z_.head_dim, {w_.q, width, 1}, w_.keys_across, kKeyBlock,
+                    {w_.probs, kKeyBlock, false});
+    tile_product<C>(rows, padded_, z_.head_dim, {w_.dout, width, 1}, w_.values_across, kKeyBlock,
+                    {w_.dscores, kKeyBlock, false});
     for (int64_t r = 0; r < rows; ++r) score_row(j, r);
     tile_product<C>(keys_, width, rows, {w_.probs, 1, kKeyBlock}, w_.dout, width, {w_.dv, width, true});
     tile_product<C>(keys_, width, rows, {w_.dscores, 1, kKeyBlock}, w_.q, width, {w_.dk, width, true});
@@ -103,7 +127,7 @@ template <class T, class K> class Item {
   void score_row(int64_t j, int64_t r) {
     const int64_t query = j + r / z_.group, head = kv_head_ * z_.group + r % z_.group;
     const int64_t seen = std::clamp<int64_t>(span_.visible(query) - keys_begin_, 0, keys_);
-    const C lse = op_.lse.template data<C>()[head * z_.queries + span_.q_begin + query];
+    const C lse = at_.lse[head * z_.queries + span_.q_begin + query];
     const C delta = w_.delta[query * z_.group + r % z_.group];
     C *p = w_.probs + r * kKeyBlock, *ds = w_.dscores + r * kKeyBlock;
 #pragma omp simd
@@ -116,7 +140,7 @@ template <class T, class K> class Item {
 
   void store_keys() {
     for (int64_t i = 0; i < keys_; ++i) {
-      K *dk = op_.dk.template data<K>() + k_offset(keys_begin_ + i), *dv = op_.dv.template data<K>() + k_offset(keys_begin_ + i);
+      K *dk = at_.dk + k_offset(keys_begin_ + i), *dv = at_.dv + k_offset(keys_begin_ + i);
       for (int64_t d = 0; d < z_.head_dim; ++d) {  // dk: the tile of q carries the scale already
         store(dk, d, static_cast<compute_t<K>>(w_.dk[i * w_.width + d]));
         store(dv, d, static_cast<compute_t<K>>(w_.dv[i * w_.width + d]));
@@ -126,12 +150,12 @@ template <class T, class K> class Item {
 
   void store_queries() {
     for (int64_t r = 0; r < span_.queries * z_.group; ++r) {
-      T* dq = op_.dq.template data<T>() + q_offset(r / z_.group) + r % z_.group * z_.head_dim;
+      T* dq = at_.dq + q_offset(r / z_.group) + r % z_.group * z_.head_dim;
       for (int64_t d = 0; d < z_.head_dim; ++d) store(dq, d, scale_ * w_.dq[r * w_.width + d]);
     }
   }
 
-  const AttentionBackward& op_;
+  const Rows<T, K>& at_;
   const Sizes& z_;
   Workspace<C>& w_;
   const Span span_;
@@ -152,7 +176,8 @@ void clear_rows_without_owner(const AttentionBackward& op, const std::vector<Spa
   }
 }
 
-template <class T, class K> void backward(const AttentionBackward& op) {
+template <class T, class K>
+void backward(const AttentionBackward& op) {
   const Sizes z(op);
   std::vector<Span> spans;
   int64_t cost = 0, most_queries = 0;
@@ -162,9 +187,12 @@ template <class T, class K> void backward(const AttentionBackward& op) {
     cost += 2 * spans.back().queries * (spans.back().k_count + 1) * z.heads * z.head_dim;
   }
   clear_rows_without_owner(op, spans);
+  const Rows<T, K> rows(op);
   share_items(z.sequences * z.kv_heads, cost, [&](const auto& next) {
     Workspace<compute_t<T>> workspace(z, most_queries);
-    for (int64_t i = next(); i >= 0; i = next()) Item<T, K>(op, z, i, &workspace).run();
+    for (int64_t i = next(); i >= 0; i = next()) {
+      Item<T, K>(rows, z, spans[static_cast<size_t>(i / z.kv_heads)], i % z.kv_heads, &workspace).run();
+    }
   });
 }
 

@@ -17,11 +17,9 @@
 
 namespace lightmoe::attention_detail {
 
-inline constexpr int64_t kKeyBlock = 64;   // a tile of keys and one of values, 128 wide in f32, stay in a core's L2
-inline constexpr int64_t kTileRows = 64;   // (query, head) pairs of a tile
+inline constexpr int64_t kKeyBlock = 64;  // a tile of keys and one of values, 128 wide in f32, stay in a core's L2
+inline constexpr int64_t kTileRows = 64;  // (query, head) pairs of a tile
 inline constexpr int64_t kThreadCost = int64_t{1} << 20;  // multiply-adds below which another thread does not pay
-
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct Sizes {
   int64_t queries, sequences, heads, kv_heads, head_dim, group;
@@ -48,7 +46,8 @@ inline Span span_of(const AttentionSequences& s, int64_t n) {
 }
 
 // f(T, K): the type of q and the type of k and v, which is the same or bf16 under f32.
-template <class F> void visit_types(const char* op, DType q, DType kv, F&& f) {
+template <class F>
+void visit_types(const char* op, DType q, DType kv, F&& f) {
   visit_floating(op, q, [&]<class T>() {
     if (kv == q) return f.template operator()<T, T>();
     if constexpr (std::is_same_v<T, float>) {
@@ -59,7 +58,8 @@ template <class F> void visit_types(const char* op, DType q, DType kv, F&& f) {
 }
 
 // Workers take items one at a time, in order, each with a workspace of its own: work(next) loops while next() gives an item.
-template <class F> void share_items(int64_t items, int64_t total_cost, const F& work) {
+template <class F>
+void share_items(int64_t items, int64_t total_cost, const F& work) {
   std::atomic<int64_t> taken{0};
   const auto next = [&]() -> int64_t {
     const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
@@ -73,18 +73,6 @@ template <class F> void share_items(int64_t items, int64_t total_cost, const F& 
 
 // --- copies into tiles -----------------------------------------------------------------------------
 
-// rows x width elements at distance from_row, times scale, to rows of to_row >= width elements; zeros behind each row.
-template <class T, class C>
-void copy_tile(const T* from, int64_t from_row, int64_t rows, int64_t width, C scale, C* to, int64_t to_row) {
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t i = 0;
-    for (; i + kLanes<C> <= width; i += kLanes<C>) store_vec<C>(to + i, scale * load_vec(from + i));
-    for (; i < width; ++i) to[i] = scale * load(from, i);
-    for (; i < to_row; ++i) to[i] = 0;
-    from += from_row, to += to_row;
-  }
-}
-
 // Exchanges the off-diagonal blocks of size Step in every 2 Step x 2 Step block: all steps together transpose.
 template <int Step, class C, int... Lane>
 [[gnu::always_inline]] inline void exchange(Vec<C>& low, Vec<C>& high, std::integer_sequence<int, Lane...>) {
@@ -94,29 +82,34 @@ template <int Step, class C, int... Lane>
   high = __builtin_shufflevector(a, b, ((Lane & Step) ? kCount + Lane : Lane + Step)...);
 }
 
-template <int Step, class C> [[gnu::always_inline]] inline void transpose_step(std::array<Vec<C>, kLanes<C>>& rows) {
+template <int Step, class C>
+[[gnu::always_inline]] inline void transpose_step(std::array<Vec<C>, kLanes<C>>& rows) {
   for (size_t r = 0; r < rows.size(); ++r) {
     if ((r & Step) == 0) exchange<Step, C>(rows[r], rows[r + Step], std::make_integer_sequence<int, kLanes<C>>());
   }
   if constexpr (Step > 1) transpose_step<Step / 2, C>(rows);
 }
 
-// to[d][key] = from[key][d], d < width, key < kKeyBlock; zeros for the keys from `rows` up to a whole vector.
-template <class T, class C> void transpose_tile(const T* from, int64_t from_row, int64_t rows, int64_t width, C* to) {
+// to[d][r] = from[r][d], d < width; zeros for the columns from `rows` up to a whole vector.
+template <class T, class C>
+void transpose_tile(const T* from, int64_t from_row, int64_t rows, int64_t width, C* to, int64_t to_row) {
   constexpr int64_t kBlock = kLanes<C>;
-  for (int64_t key = 0; key < rows; key += kBlock) {
+  for (int64_t first = 0; first < rows; first += kBlock) {
     for (int64_t d = 0; d < width; d += kBlock) {
       std::array<Vec<C>, kBlock> block;
       for (int64_t r = 0; r < kBlock; ++r) {
         Vec<C>& row = block[static_cast<size_t>(r)];
-        const T* source = from + (key + r) * from_row + d;
-        if (key + r >= rows) row = Vec<C>{};
-        else if (d + kBlock <= width) row = load_vec(source);
-        else row = load_part(source, width - d);
+        const T* source = from + (first + r) * from_row + d;
+        if (first + r >= rows)
+          row = Vec<C>{};
+        else if (d + kBlock <= width)
+          row = load_vec(source);
+        else
+          row = load_part(source, width - d);
       }
       transpose_step<static_cast<int>(kBlock / 2), C>(block);
       for (int64_t r = 0; r < std::min(kBlock, width - d); ++r) {
-        store_vec<C>(to + (d + r) * kKeyBlock + key, block[static_cast<size_t>(r)]);
+        store_vec<C>(to + (d + r) * to_row + first, block[static_cast<size_t>(r)]);
       }
     }
   }

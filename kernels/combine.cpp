@@ -63,7 +63,8 @@ void sum_pairs_cpu(const SumPairs& op) {
   });
 }
 
-template <class T> void gated_sum_backward(const GatedSumBackward& op) {
+template <class T>
+void gated_sum_backward(const GatedSumBackward& op) {
   using C = compute_t<T>;
   const int64_t width = op.a.dim(1);
   const T *a = op.a.data<T>(), *ds = op.ds.data<T>();
@@ -106,7 +107,8 @@ void expand_pairs_cpu(const ExpandPairs& op) {
   });
 }
 
-template <class T> void combine(const Combine& op) {
+template <class T>
+void combine(const Combine& op) {
   using C = compute_t<T>;
   const int64_t width = op.y.dim(1), terms = op.index.dim(1);
   const T* x = op.x.data<T>();
@@ -153,7 +155,8 @@ void require_indices(const Tensor& t, const char* op, const char* name, const Sh
     least = std::min(least, values[i]);
     largest = std::max(largest, values[i]);
   }
-  require(least >= 0 && largest < limit, "{}: {} has values in [{}, {}], expected [0, {})", op, name, least, largest, limit);
+  require(least >= 0 && largest < limit, "{}: {} has values in [{}, {}], expected [0, {})", op, name, least, largest,
+          limit);
 }
 
 void require_pairs(const char* op, const Tensor& pair_visit, int64_t pairs, int64_t visits) {
@@ -207,7 +210,8 @@ void run(const Combine& op) {
   require_matrix(op.index, "combine", "index");
   require_tensor(op.y, "combine", "y", {op.index.dim(0), op.x.dim(1)}, op.x.dtype());
   require_tensor(op.index, "combine", "index", op.index.shape(), DType::kI32);
-  if (op.scales.defined()) require_tensor(op.scales, "combine", "scales", op.index.shape(), accumulator_of(op.x.dtype()));
+  if (op.scales.defined())
+    require_tensor(op.scales, "combine", "scales", op.index.shape(), accumulator_of(op.x.dtype()));
   dispatch(op, op.x.device(), "combine");
 }
 

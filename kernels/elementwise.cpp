@@ -11,13 +11,14 @@ constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrainBlocks = 16;
 
 // f(begin, end) over pieces of [0, count).
-template <class F> void over_elements(int64_t count, F&& f) {
-  parallel_for(0, (count + kBlock - 1) / kBlock, kGrainBlocks, [&](int64_t begin, int64_t end) {
-    f(begin * kBlock, std::min(count, end * kBlock));
-  });
+template <class F>
+void over_elements(int64_t count, F&& f) {
+  parallel_for(0, (count + kBlock - 1) / kBlock, kGrainBlocks,
+               [&](int64_t begin, int64_t end) { f(begin * kBlock, std::min(count, end * kBlock)); });
 }
 
-template <class A, class B> using wider_t = std::conditional_t<std::is_same_v<A, double>, double, compute_t<B>>;
+template <class A, class B>
+using wider_t = std::conditional_t<std::is_same_v<A, double>, double, compute_t<B>>;
 
 void add_cpu(const Add& op) {
   visit_floating("add", op.y.dtype(), [&]<class T>() {
@@ -90,7 +91,8 @@ void clamp_backward_cpu(const ClampBackward& op) {
   });
 }
 
-template <class A, class B, class Y> void blend(const Blend& op) {
+template <class A, class B, class Y>
+void blend(const Blend& op) {
   using C = compute_t<Y>;
   const A* a = op.a.data<A>();
   const B* b = op.b.data<B>();

@@ -11,7 +11,8 @@ constexpr int64_t kGrainElements = 1 << 16;
 int64_t grain(int64_t cost) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, cost)); }
 
 // Of f32/bf16/f64, out may be the type of in, or f32 where in is bf16.
-template <class F> void visit_widening(const char* op, DType in, DType out, F&& f) {
+template <class F>
+void visit_widening(const char* op, DType in, DType out, F&& f) {
   visit_floating(op, in, [&]<class In>() {
     if (out == in) return f.template operator()<In, In>();
     if (in == DType::kBF16 && out == DType::kF32) return f.template operator()<In, float>();
@@ -19,7 +20,8 @@ template <class F> void visit_widening(const char* op, DType in, DType out, F&& 
   });
 }
 
-template <class In, class Out> void forward(const Embedding& op) {
+template <class In, class Out>
+void forward(const Embedding& op) {
   const int64_t width = op.table.dim(1);
   const int32_t* ids = op.ids.data<int32_t>();
   const In* table = op.table.data<In>();
@@ -28,15 +30,18 @@ template <class In, class Out> void forward(const Embedding& op) {
     for (int64_t t = begin; t < end; ++t) {
       const In* from = table + ids[t] * width;
       for (int64_t i = 0; i < width; ++i) {
-        if constexpr (std::is_same_v<In, Out>) y[t * width + i] = from[i];
-        else y[t * width + i] = static_cast<Out>(from[i]);
+        if constexpr (std::is_same_v<In, Out>)
+          y[t * width + i] = from[i];
+        else
+          y[t * width + i] = static_cast<Out>(from[i]);
       }
     }
   });
 }
 
 // Threads own columns, so that duplicates add up in order of t and one frequent id does not unbalance them.
-template <class In, class Out> void backward(const EmbeddingBackward& op) {
+template <class In, class Out>
+void backward(const EmbeddingBackward& op) {
   const int64_t rows = op.ids.dim(0), width = op.dtable.dim(1);
   const int32_t* ids = op.ids.data<int32_t>();
   const In* dy = op.dy.data<In>();

@@ -41,9 +41,10 @@ std::vector<double> sum_probs(const std::vector<Tensor>& probs, const uint8_t* m
       for (int64_t e = 0; e < count; ++e) sum[e] += static_cast<double>(values[t * count + e]);
     }
   };
-  parallel_for(0, static_cast<int64_t>(probs.size()), kGrainElements / (probs[0].numel() + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t layer = begin; layer < end; ++layer) sum_layer(layer);
-  });
+  parallel_for(0, static_cast<int64_t>(probs.size()), kGrainElements / (probs[0].numel() + 1) + 1,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t layer = begin; layer < end; ++layer) sum_layer(layer);
+               });
   std::vector<double> total(static_cast<size_t>(count), 0.0);
   for (size_t i = 0; i < by_layer.size(); ++i) total[i % static_cast<size_t>(count)] += by_layer[i];
   return total;
@@ -55,7 +56,8 @@ struct Pool {
   const uint8_t* mask = nullptr;
 };
 
-template <class Op> Pool pool_of(const Op& op) {
+template <class Op>
+Pool pool_of(const Op& op) {
   Pool pool;
   if (op.probs.empty()) return pool;
   pool.rows = op.probs[0].dim(0);
@@ -73,12 +75,14 @@ void forward_cpu(const LoadBalance& op) {
     const std::vector<double> sums = op.probs[0].dtype() == DType::kF64
                                          ? sum_probs<double>(op.probs, pool.mask, pool.count)
                                          : sum_probs<float>(op.probs, pool.mask, pool.count);
-    for (size_t e = 0; e < sums.size(); ++e) loss += static_cast<double>(chosen[e]) / pool.tokens * (sums[e] / pool.tokens);
+    for (size_t e = 0; e < sums.size(); ++e)
+      loss += static_cast<double>(chosen[e]) / pool.tokens * (sums[e] / pool.tokens);
   }
   op.loss.data<double>()[0] = static_cast<double>(pool.count) * loss;
 }
 
-template <class C> void write_gradient(const LoadBalanceBackward& op, const Pool& pool, const std::vector<C>& gradient) {
+template <class C>
+void write_gradient(const LoadBalanceBackward& op, const Pool& pool, const std::vector<C>& gradient) {
   parallel_for(0, pool.rows, kGrainElements / (pool.count + 1) + 1, [&](int64_t begin, int64_t end) {
     for (const Tensor& layer : op.dprobs) {
       if (!layer.defined()) continue;
@@ -101,14 +105,17 @@ void backward_cpu(const LoadBalanceBackward& op) {
     const double fraction = static_cast<double>(chosen[e]) / pool.tokens;
     gradient[e] = op.scale * static_cast<double>(pool.count) * fraction / pool.tokens;
   }
-  if (op.probs[0].dtype() == DType::kF64) write_gradient<double>(op, pool, gradient);
-  else write_gradient<float>(op, pool, std::vector<float>(gradient.begin(), gradient.end()));
+  if (op.probs[0].dtype() == DType::kF64)
+    write_gradient<double>(op, pool, gradient);
+  else
+    write_gradient<float>(op, pool, std::vector<float>(gradient.begin(), gradient.end()));
 }
 
 const RegisterKernel<LoadBalance> register_forward{DeviceKind::kCpu, &forward_cpu};
 const RegisterKernel<LoadBalanceBackward> register_backward{DeviceKind::kCpu, &backward_cpu};
 
-template <class Op> void check_layers(const Op& op, const char* name) {
+template <class Op>
+void check_layers(const Op& op, const char* name) {
   require(!op.probs.empty() && op.probs.size() == op.slots.size(), "{}: {} layers of probs, {} of slots", name,
           op.probs.size(), op.slots.size());
   const Tensor& first = op.probs[0];
@@ -136,7 +143,8 @@ void run(const LoadBalanceBackward& op) {
   require(op.dprobs.size() == op.probs.size(), "load_balance_backward: {} layers of dprobs, {} of probs",
           op.dprobs.size(), op.probs.size());
   for (const Tensor& layer : op.dprobs) {
-    if (layer.defined()) require_tensor(layer, "load_balance_backward", "dprobs", op.probs[0].shape(), op.probs[0].dtype());
+    if (layer.defined())
+      require_tensor(layer, "load_balance_backward", "dprobs", op.probs[0].shape(), op.probs[0].dtype());
   }
   dispatch(op, op.probs[0].device(), "load_balance_backward");
 }

@@ -5,7 +5,7 @@
 
 #include "kernels/access.h"
 #include "kernels/cpu_math.h"
-#include "kernels/simd.h"
+#include "kernels/tile_product.h"
 #include "runtime/parallel.h"
 
 namespace lightmoe {
@@ -13,7 +13,9 @@ namespace {
 
 constexpr int64_t kGrainElements = 1 << 18;  // of the products: below this a second thread does not pay
 
-int64_t row_grain(int64_t cost_of_row) { return std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, cost_of_row)); }
+int64_t row_grain(int64_t cost_of_row) {
+  return std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, cost_of_row));
+}
 
 // <x_r, w_e> for a few rows and slots at once. One accumulator each, filled in order of the columns: the same bits for any tile.
 template <int R, int S, class T, class W>
@@ -46,7 +48,8 @@ void logits_of_rows(const T* x, const W* w, int64_t width, compute_t<T>* logits,
   for (; e < count; ++e) logits_tile<R, 1>(x, w + e * width, width, logits + e, count);
 }
 
-template <class C> void softmax_kept(const C* logits, const uint8_t* removed, int64_t count, C* probs) {
+template <class C>
+void softmax_kept(const C* logits, const uint8_t* removed, int64_t count, C* probs) {
   C largest = -std::numeric_limits<C>::infinity(), sum = 0;
   for (int64_t e = 0; e < count; ++e) {
     if (removed == nullptr || !removed[e]) largest = std::max(largest, logits[e]);
@@ -74,7 +77,8 @@ void choose(const C* probs, const uint8_t* removed, int64_t count, int64_t top_k
   }
 }
 
-template <class T, class W> void forward(const Router& op) {
+template <class T, class W>
+void forward(const Router& op) {
   using C = compute_t<T>;
   const int64_t width = op.x.dim(1), count = op.w.dim(0), top_k = op.top_k;
   const T* x = op.x.data<T>();
@@ -98,31 +102,41 @@ template <class T, class W> void forward(const Router& op) {
   });
 }
 
-// dp of one row: dprobs plus the gates' gradient scattered to the chosen slots.
-template <class C> void gather_dp(const RouterBackward& op, int64_t t, C* dp) {
-  const int64_t count = op.probs.dim(1), top_k = op.slots.dim(1);
-  for (int64_t e = 0; e < count; ++e) dp[e] = op.dprobs.defined() ? op.dprobs.data<C>()[t * count + e] : C(0);
-  if (!op.dgates.defined()) return;
-  const C* dgates = op.dgates.data<C>() + t * top_k;
-  const int32_t* slots = op.slots.data<int32_t>() + t * top_k;
-  const C* probs = op.probs.data<C>() + t * count;
+template <class C>
+struct RowGradients {
+  const C *probs, *dgates, *dprobs;  // of one token; dgates, dprobs may be null
+  const int32_t* slots;
+};
+
+// dp = dprobs + the gates' gradient scattered to the chosen slots.
+template <class C>
+void gather_dp(const RowGradients<C>& row, int64_t count, int64_t top_k, bool renormalize, C* dp) {
+  for (int64_t e = 0; e < count; ++e) dp[e] = row.dprobs != nullptr ? row.dprobs[e] : C(0);
+  if (row.dgates == nullptr) return;
   C sum = 1, mean = 0;  // g = p / sum with sum = 1 and no mean to subtract when the gates are not renormalised
-  if (op.renormalize) {
+  if (renormalize) {
     sum = 0;
-    for (int64_t k = 0; k < top_k; ++k) sum += probs[slots[k]];
-    for (int64_t k = 0; k < top_k; ++k) mean += dgates[k] * probs[slots[k]] / sum;
+    for (int64_t k = 0; k < top_k; ++k) sum += row.probs[row.slots[k]];
+    for (int64_t k = 0; k < top_k; ++k) mean += row.dgates[k] * row.probs[row.slots[k]] / sum;
   }
-  for (int64_t k = 0; k < top_k; ++k) dp[slots[k]] += (dgates[k] - mean) / sum;
+  for (int64_t k = 0; k < top_k; ++k) dp[row.slots[k]] += (row.dgates[k] - mean) / sum;
 }
 
-template <class C> void softmax_backward(const RouterBackward& op, C* dlogits) {
-  const int64_t count = op.probs.dim(1);
+template <class C>
+void softmax_backward(const RouterBackward& op, C* dlogits) {
+  const bool gated = op.dgates.defined();
+  const int64_t count = op.probs.dim(1), top_k = gated ? op.slots.dim(1) : 0;
   const C* probs = op.probs.data<C>();
+  const C *dgates = gated ? op.dgates.data<C>() : nullptr,
+          *dprobs = op.dprobs.defined() ? op.dprobs.data<C>() : nullptr;
+  const int32_t* slots = gated ? op.slots.data<int32_t>() : nullptr;
   parallel_for(0, op.probs.dim(0), row_grain(8 * count), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       C* d = dlogits + t * count;
       const C* p = probs + t * count;
-      gather_dp(op, t, d);
+      gather_dp<C>({p, gated ? dgates + t * top_k : nullptr, dprobs != nullptr ? dprobs + t * count : nullptr,
+                    slots + t * top_k},
+                   count, top_k, op.renormalize, d);
       C mean = 0;
       for (int64_t e = 0; e < count; ++e) mean += p[e] * d[e];
       for (int64_t e = 0; e < count; ++e) d[e] = p[e] * (d[e] - mean);
@@ -130,49 +144,73 @@ template <class C> void softmax_backward(const RouterBackward& op, C* dlogits) {
   });
 }
 
-template <class T, class W> void input_gradient(const RouterBackward& op, const compute_t<T>* dlogits) {
+constexpr int64_t kPanelWidth = 64;  // columns of a panel: four vectors of f32
+constexpr int64_t kPanelRows = 256;
+
+// dx = dlogits W, a panel of columns of W at a time.
+template <class T, class W>
+void input_gradient(const RouterBackward& op, const compute_t<T>* dlogits) {
   using C = compute_t<T>;
   const int64_t width = op.dx.dim(1), count = op.w.dim(0);
   const W* w = op.w.data<W>();
   T* dx = op.dx.data<T>();
   parallel_for(0, op.dx.dim(0), row_grain(width * count), [&](int64_t begin, int64_t end) {
-    std::vector<C> sum(static_cast<size_t>(width));
-    for (int64_t t = begin; t < end; ++t) {
-      std::fill(sum.begin(), sum.end(), C(0));
-      for (int64_t e = 0; e < count; ++e) {
-        const C d = dlogits[t * count + e];
-        for (int64_t i = 0; i < width; ++i) sum[static_cast<size_t>(i)] += d * static_cast<C>(load(w, e * width + i));
-      }
-      for (int64_t i = 0; i < width; ++i) {
-        const C before = op.accumulate_dx ? load(dx, t * width + i) : C(0);
-        store(dx, t * width + i, before + sum[static_cast<size_t>(i)]);
+    std::vector<C> panel(static_cast<size_t>(count * kPanelWidth)),
+        product(static_cast<size_t>(kPanelRows * kPanelWidth));
+    for (int64_t column = 0; column < width; column += kPanelWidth) {
+      const int64_t columns = std::min(kPanelWidth, width - column), padded = round_up(columns, kLanes<C>);
+      copy_tile(w + column, width, count, columns, C(1), panel.data(), kPanelWidth);
+      for (int64_t row = begin; row < end; row += kPanelRows) {
+        const int64_t rows = std::min(kPanelRows, end - row);
+        tile_product<C>(rows, padded, count, {dlogits + row * count, count, 1}, panel.data(), kPanelWidth,
+                        {product.data(), kPanelWidth, false});
+        for (int64_t r = 0; r < rows; ++r) {
+          T* out = dx + (row + r) * width + column;
+          const C* from = product.data() + r * kPanelWidth;
+          if (op.accumulate_dx) {
+            for (int64_t i = 0; i < columns; ++i) store(out, i, load(out, i) + from[i]);
+          } else {
+            for (int64_t i = 0; i < columns; ++i) store(out, i, from[i]);
+          }
+        }
       }
     }
   });
 }
 
-template <class T, class W> void weight_gradient(const RouterBackward& op, const compute_t<T>* dlogits) {
+// dw += dlogits^T x. Threads own columns, so the sum over t has one order.
+template <class T, class W>
+void weight_gradient(const RouterBackward& op, const compute_t<T>* dlogits) {
   using C = compute_t<T>;
   const int64_t rows = op.x.dim(0), width = op.x.dim(1), count = op.dw.dim(0);
   const T* x = op.x.data<T>();
   W* dw = op.dw.data<W>();
-  parallel_for(0, count, row_grain(rows * width), [&](int64_t begin, int64_t end) {
-    std::vector<C> sum(static_cast<size_t>(width));
-    for (int64_t e = begin; e < end; ++e) {
+  const int64_t panels = (width + kPanelWidth - 1) / kPanelWidth;
+  const int64_t panel_grain = kGrainElements / (rows * kPanelWidth * count + 1) + 1;
+  parallel_for(0, panels, panel_grain, [&](int64_t begin, int64_t end) {
+    std::vector<C> panel(static_cast<size_t>(kPanelRows * kPanelWidth)), sum(static_cast<size_t>(count * kPanelWidth));
+    for (int64_t column = begin * kPanelWidth; column < std::min(width, end * kPanelWidth); column += kPanelWidth) {
+      const int64_t columns = std::min(kPanelWidth, width - column), padded = round_up(columns, kLanes<C>);
       std::fill(sum.begin(), sum.end(), C(0));
-      for (int64_t t = 0; t < rows; ++t) {
-        const C d = dlogits[t * count + e];
-        for (int64_t i = 0; i < width; ++i) sum[static_cast<size_t>(i)] += d * load(x, t * width + i);
+      for (int64_t row = 0; row < rows; row += kPanelRows) {
+        const int64_t depth = std::min(kPanelRows, rows - row);
+        copy_tile(x + row * width + column, width, depth, columns, C(1), panel.data(), kPanelWidth);
+        tile_product<C>(count, padded, depth, {dlogits + row * count, 1, count}, panel.data(), kPanelWidth,
+                        {sum.data(), kPanelWidth, true});
       }
-      for (int64_t i = 0; i < width; ++i) {
-        const C before = static_cast<C>(load(dw, e * width + i));
-        store(dw, e * width + i, static_cast<compute_t<W>>(before + sum[static_cast<size_t>(i)]));
+      for (int64_t e = 0; e < count; ++e) {
+        W* out = dw + e * width + column;
+        const C* from = sum.data() + e * kPanelWidth;
+        for (int64_t i = 0; i < columns; ++i) {
+          store(out, i, static_cast<compute_t<W>>(static_cast<C>(load(out, i)) + from[i]));
+        }
       }
     }
   });
 }
 
-template <class T> void backward(const RouterBackward& op) {
+template <class T>
+void backward(const RouterBackward& op) {
   using C = compute_t<T>;
   const MemoryScope scope(MemoryCategory::kScratch);
   const Tensor dlogits = Tensor::empty(op.probs.shape(), dtype_of<C>);
@@ -186,9 +224,8 @@ template <class T> void backward(const RouterBackward& op) {
 }
 
 void forward_cpu(const Router& op) {
-  visit_floating("router", op.x.dtype(), [&]<class T>() {
-    visit_weight<T>("router", op.w.dtype(), [&]<class W>() { forward<T, W>(op); });
-  });
+  visit_floating("router", op.x.dtype(),
+                 [&]<class T>() { visit_weight<T>("router", op.w.dtype(), [&]<class W>() { forward<T, W>(op); }); });
 }
 void backward_cpu(const RouterBackward& op) {
   visit_floating("router_backward", op.x.dtype(), [&]<class T>() { backward<T>(op); });

@@ -15,14 +15,24 @@
 
 namespace lightmoe {
 
-template <class C> struct VecOf;
-template <> struct VecOf<float> { typedef float type __attribute__((vector_size(64))); };
-template <> struct VecOf<double> { typedef double type __attribute__((vector_size(64))); };
-template <class C> using Vec = typename VecOf<C>::type;
-template <class C> inline constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(C));
+template <class C>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(64)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(64)));
+};
+template <class C>
+using Vec = typename VecOf<C>::type;
+template <class C>
+inline constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(C));
 
 // Loads kLanes elements of any address, widened to the compute type.
-template <class T> [[gnu::always_inline]] inline Vec<compute_t<T>> load_vec(const T* p) {
+template <class T>
+[[gnu::always_inline]] inline Vec<compute_t<T>> load_vec(const T* p) {
   Vec<compute_t<T>> v;
   if constexpr (std::is_same_v<T, bf16>) {
     typedef uint16_t Half __attribute__((vector_size(32)));
@@ -38,16 +48,21 @@ template <class T> [[gnu::always_inline]] inline Vec<compute_t<T>> load_vec(cons
 }
 
 // The first `count` elements, zeros behind them.
-template <class T> [[gnu::always_inline]] inline Vec<compute_t<T>> load_part(const T* p, int64_t count) {
+template <class T>
+[[gnu::always_inline]] inline Vec<compute_t<T>> load_part(const T* p, int64_t count) {
   Vec<compute_t<T>> v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = load(p, i);
   return v;
 }
 
-template <class C> [[gnu::always_inline]] inline void store_vec(C* p, const Vec<C>& v) { std::memcpy(p, &v, sizeof(v)); }
+template <class C>
+[[gnu::always_inline]] inline void store_vec(C* p, const Vec<C>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 
 // Sum of the lanes, halves first: the same order everywhere.
-template <class C> [[gnu::always_inline]] inline C sum_lanes(const Vec<C>& v) {
+template <class C>
+[[gnu::always_inline]] inline C sum_lanes(const Vec<C>& v) {
   C lanes[kLanes<C>];
   std::memcpy(lanes, &v, sizeof(v));
   for (int64_t half = kLanes<C> / 2; half > 0; half /= 2) {

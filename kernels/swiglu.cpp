@@ -11,7 +11,8 @@ constexpr int64_t kGrainElements = 16384;
 
 int64_t row_grain(int64_t width) { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width)); }
 
-template <class T> void forward(const SwiGlu& op) {
+template <class T>
+void forward(const SwiGlu& op) {
   using C = compute_t<T>;
   const int64_t rows = op.a.dim(0), width = op.a.dim(1);
   const T* h = op.h.data<T>();
@@ -30,7 +31,8 @@ template <class T> void forward(const SwiGlu& op) {
 }
 
 // kWithA: the activation is wanted again (it was not kept). Every input of an element is read before its outputs are written.
-template <class T, bool kWithA> void backward(const SwiGluBackward& op) {
+template <class T, bool kWithA>
+void backward(const SwiGluBackward& op) {
   using C = compute_t<T>;
   const int64_t rows = op.da.dim(0), width = op.da.dim(1);
   const T *h = op.h.data<T>(), *da = op.da.data<T>();
@@ -56,8 +58,10 @@ void forward_cpu(const SwiGlu& op) {
 }
 void backward_cpu(const SwiGluBackward& op) {
   visit_floating("swiglu_backward", op.h.dtype(), [&]<class T>() {
-    if (op.a.defined()) backward<T, true>(op);
-    else backward<T, false>(op);
+    if (op.a.defined())
+      backward<T, true>(op);
+    else
+      backward<T, false>(op);
   });
 }
 const RegisterKernel<SwiGlu> register_forward{DeviceKind::kCpu, &forward_cpu};

@@ -9,11 +9,13 @@
 
 namespace lightmoe {
 
-template <class C> struct TileFactor {
+template <class C>
+struct TileFactor {
   const C* data;
   int64_t row, column;
 };
-template <class C> struct TileResult {
+template <class C>
+struct TileResult {
   C* data;
   int64_t row;
   bool add;
@@ -65,6 +67,20 @@ void tile_product(int64_t m, int64_t n, int64_t depth, TileFactor<C> a, const C*
   while (n >= 4 * kLanes<C>) step.template operator()<4>();
   if (n >= 2 * kLanes<C>) step.template operator()<2>();
   if (n >= kLanes<C>) step.template operator()<1>();
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// rows x width elements at distance from_row, times scale, to rows of to_row >= width elements; zeros behind each row.
+template <class T, class C>
+void copy_tile(const T* from, int64_t from_row, int64_t rows, int64_t width, C scale, C* to, int64_t to_row) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t i = 0;
+    for (; i + kLanes<C> <= width; i += kLanes<C>) store_vec<C>(to + i, scale * load_vec(from + i));
+    for (; i < width; ++i) to[i] = scale * load(from, i);
+    for (; i < to_row; ++i) to[i] = 0;
+    from += from_row, to += to_row;
+  }
 }
 
 }  // namespace lightmoe

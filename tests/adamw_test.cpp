@@ -31,7 +31,8 @@ void oracle_step(State* state, const std::vector<double>& grad, const AdamW& op,
     state->w[i] *= 1 - tensor.lr * tensor.weight_decay;
     state->m[i] = op.beta1 * state->m[i] + (1 - op.beta1) * g;
     state->v[i] = op.beta2 * state->v[i] + (1 - op.beta2) * g * g;
-    const double mean = state->m[i] / (1 - std::pow(op.beta1, step)), square = state->v[i] / (1 - std::pow(op.beta2, step));
+    const double mean = state->m[i] / (1 - std::pow(op.beta1, step)),
+                 square = state->v[i] / (1 - std::pow(op.beta2, step));
     state->w[i] -= tensor.lr * mean / (std::sqrt(square) + op.eps);
   }
 }
@@ -41,9 +42,12 @@ void check_case(const std::vector<int64_t>& sizes, const Types& types) {
   std::vector<State> states;
   for (size_t i = 0; i < sizes.size(); ++i) {
     const Shape shape{sizes[i]};
-    op.tensors.push_back({.w = random_tensor(shape, types.w, 10 + i), .grad = Tensor::empty(shape, types.grad),
-                          .m = Tensor::zeros(shape, types.moment), .v = Tensor::zeros(shape, types.moment),
-                          .lr = 1e-2 * static_cast<double>(i + 1), .weight_decay = i % 2 == 0 ? 0.1 : 0.0});
+    op.tensors.push_back({.w = random_tensor(shape, types.w, 10 + i),
+                          .grad = Tensor::empty(shape, types.grad),
+                          .m = Tensor::zeros(shape, types.moment),
+                          .v = Tensor::zeros(shape, types.moment),
+                          .lr = 1e-2 * static_cast<double>(i + 1),
+                          .weight_decay = i % 2 == 0 ? 0.1 : 0.0});
     const size_t count = static_cast<size_t>(sizes[i]);
     states.push_back({to_doubles(op.tensors[i].w), std::vector<double>(count, 0.0), std::vector<double>(count, 0.0)});
   }
@@ -66,7 +70,8 @@ void check_case(const std::vector<int64_t>& sizes, const Types& types) {
 TEST(AdamW, MatchesTheEquation) {
   for (const auto& sizes : cases::adamw) {
     for (const Types& types : kTypes) {
-      SCOPED_TRACE(::testing::Message() << sizes.size() << " tensors " << name_of(types.w) << " " << name_of(types.grad));
+      SCOPED_TRACE(::testing::Message() << sizes.size() << " tensors " << name_of(types.w) << " "
+                                        << name_of(types.grad));
       check_case(sizes, types);
     }
   }
@@ -86,8 +91,12 @@ TEST(AdamW, IsTheSameOnAnyThreadsAndHoweverTensorsAreGrouped) {
     const Tensor w = random_tensor({50001}, DType::kF32, 2), m = Tensor::zeros({50001}, DType::kF32), v = m.clone();
     AdamW all{.tensors = {}, .step = 1};
     for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, 7}, {7, 40000}, {40000, 50001}}) {
-      const AdamWTensor part{.w = w.slice(begin, end), .grad = grad.slice(begin, end), .m = m.slice(begin, end),
-                             .v = v.slice(begin, end), .lr = 0.01, .weight_decay = 0.1};
+      const AdamWTensor part{.w = w.slice(begin, end),
+                             .grad = grad.slice(begin, end),
+                             .m = m.slice(begin, end),
+                             .v = v.slice(begin, end),
+                             .lr = 0.01,
+                             .weight_decay = 0.1};
       all.tensors.push_back(part);
       if (!together) run(AdamW{.tensors = {part}, .step = 1});
     }

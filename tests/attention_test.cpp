@@ -31,8 +31,10 @@ struct Problem {
     }
     q_begin.assign(q_offsets.begin(), q_offsets.end());
     k_begin.assign(k_offsets.begin(), k_offsets.end());
-    const int64_t n = static_cast<int64_t>(c.sequences.size()), rows = q_offsets.back(), keys = key + 2;  // two rows behind nobody owns
-    sequences = {Tensor::from(q_offsets, {n + 1}), Tensor::from(k_offsets, {n}), Tensor::from(k_counts, {n}), Tensor::from(q_positions, {n})};
+    const int64_t n = static_cast<int64_t>(c.sequences.size()), rows = q_offsets.back(),
+                  keys = key + 2;  // two rows behind nobody owns
+    sequences = {Tensor::from(q_offsets, {n + 1}), Tensor::from(k_offsets, {n}), Tensor::from(k_counts, {n}),
+                 Tensor::from(q_positions, {n})};
     q = random_tensor({rows, c.heads * c.head_dim}, dtype, 1), dout = random_tensor(q.shape(), dtype, 2);
     k = random_tensor({keys, c.kv_heads * c.head_dim}, kv_dtype, 3), v = random_tensor(k.shape(), kv_dtype, 4);
   }
@@ -46,7 +48,8 @@ struct Problem {
 
 struct Oracle {
   std::vector<double> out, lse, dq, dk, dv;
-  explicit Oracle(const Problem& p) : q_(to_doubles(p.q)), k_(to_doubles(p.k)), v_(to_doubles(p.v)), dout_(to_doubles(p.dout)) {
+  explicit Oracle(const Problem& p)
+      : q_(to_doubles(p.q)), k_(to_doubles(p.k)), v_(to_doubles(p.v)), dout_(to_doubles(p.dout)) {
     out.assign(q_.size(), 0), dq = out;
     dk.assign(k_.size(), 0), dv = dk;
     lse.assign(static_cast<size_t>(p.c.heads * p.q.dim(0)), -std::numeric_limits<double>::infinity());
@@ -65,18 +68,21 @@ struct Oracle {
     std::vector<double> prob(static_cast<size_t>(visible)), dprob(prob);
     double sum = 0, mean = 0;
     const auto key_at = [&](size_t i) {
-      return static_cast<size_t>(((p.k_begin[n] + static_cast<int64_t>(i)) * p.c.kv_heads + head / (p.c.heads / p.c.kv_heads)) * width);
+      return static_cast<size_t>(
+          ((p.k_begin[n] + static_cast<int64_t>(i)) * p.c.kv_heads + head / (p.c.heads / p.c.kv_heads)) * width);
     };
     for (size_t i = 0; i < prob.size(); ++i) {
       double score = 0;
-      for (size_t d = 0; d < w; ++d) score += q_[at + d] * k_[key_at(i) + d], dprob[i] += dout_[at + d] * v_[key_at(i) + d];
+      for (size_t d = 0; d < w; ++d)
+        score += q_[at + d] * k_[key_at(i) + d], dprob[i] += dout_[at + d] * v_[key_at(i) + d];
       sum += prob[i] = std::exp(scale * score);
     }
     if (visible > 0) lse[static_cast<size_t>(head * p.q.dim(0) + row)] = std::log(sum);
     for (size_t i = 0; i < prob.size(); ++i) {
       prob[i] /= sum;
       mean += prob[i] * dprob[i];
-      for (size_t d = 0; d < w; ++d) out[at + d] += prob[i] * v_[key_at(i) + d], dv[key_at(i) + d] += prob[i] * dout_[at + d];
+      for (size_t d = 0; d < w; ++d)
+        out[at + d] += prob[i] * v_[key_at(i) + d], dv[key_at(i) + d] += prob[i] * dout_[at + d];
     }
     for (size_t i = 0; i < prob.size(); ++i) {
       const double dscore = scale * prob[i] * (dprob[i] - mean);
@@ -99,17 +105,30 @@ void check_case(const cases::AttentionCase& c, DType dtype, DType kv_dtype) {
   const Oracle oracle(p);
   const Guarded out(p.q.shape(), dtype), lse({c.heads, p.q.dim(0)}, accumulator_type(dtype));
   run(p.forward(out.tensor(), lse.tensor()));
-  EXPECT_TRUE(testing::close(out.tensor(), oracle.out, testing::unit_roundoff(dtype), tolerance_of(p, accumulator_type(dtype))));
+  EXPECT_TRUE(testing::close(out.tensor(), oracle.out, testing::unit_roundoff(dtype),
+                             tolerance_of(p, accumulator_type(dtype))));
   EXPECT_TRUE(testing::close(lse.tensor(), oracle.lse, tolerance_of(p, accumulator_type(dtype))));
 
   const Guarded dq(p.q.shape(), dtype), dk(p.k.shape(), kv_dtype), dv(p.k.shape(), kv_dtype);
-  run(AttentionBackward{.q = p.q, .k = p.k, .v = p.v, .out = out.tensor(), .lse = lse.tensor(), .dout = p.dout,
-                        .sequences = p.sequences, .head_dim = c.head_dim, .dq = dq.tensor(), .dk = dk.tensor(), .dv = dv.tensor()});
+  run(AttentionBackward{.q = p.q,
+                        .k = p.k,
+                        .v = p.v,
+                        .out = out.tensor(),
+                        .lse = lse.tensor(),
+                        .dout = p.dout,
+                        .sequences = p.sequences,
+                        .head_dim = c.head_dim,
+                        .dq = dq.tensor(),
+                        .dk = dk.tensor(),
+                        .dv = dv.tensor()});
   // <out, dout> is taken from the stored out: its rounding reaches dscore as an absolute error of order sqrt(head_dim).
   const double from_out = testing::unit_roundoff(dtype) * std::sqrt(static_cast<double>(c.head_dim));
-  EXPECT_TRUE(testing::close(dq.tensor(), oracle.dq, 2 * tolerance_of(p, dtype), 8 * tolerance_of(p, accumulator_type(dtype)) + from_out));
-  EXPECT_TRUE(testing::close(dk.tensor(), oracle.dk, 2 * tolerance_of(p, kv_dtype), 8 * tolerance_of(p, accumulator_type(dtype)) + from_out));
-  EXPECT_TRUE(testing::close(dv.tensor(), oracle.dv, 2 * tolerance_of(p, kv_dtype), 8 * tolerance_of(p, accumulator_type(dtype))));
+  EXPECT_TRUE(testing::close(dq.tensor(), oracle.dq, 2 * tolerance_of(p, dtype),
+                             8 * tolerance_of(p, accumulator_type(dtype)) + from_out));
+  EXPECT_TRUE(testing::close(dk.tensor(), oracle.dk, 2 * tolerance_of(p, kv_dtype),
+                             8 * tolerance_of(p, accumulator_type(dtype)) + from_out));
+  EXPECT_TRUE(testing::close(dv.tensor(), oracle.dv, 2 * tolerance_of(p, kv_dtype),
+                             8 * tolerance_of(p, accumulator_type(dtype))));
 }
 
 TEST(Attention, MatchesTheEquation) {
@@ -129,9 +148,19 @@ TEST(Attention, GradientCheck) {
     return sum;
   };
   loss();
-  const Tensor dq = Tensor::empty(p.q.shape(), DType::kF64), dk = Tensor::empty(p.k.shape(), DType::kF64), dv = dk.clone();
-  run(AttentionBackward{.q = p.q, .k = p.k, .v = p.v, .out = out, .lse = lse, .dout = p.dout, .sequences = p.sequences,
-                        .head_dim = 3, .dq = dq, .dk = dk, .dv = dv});
+  const Tensor dq = Tensor::empty(p.q.shape(), DType::kF64), dk = Tensor::empty(p.k.shape(), DType::kF64),
+               dv = dk.clone();
+  run(AttentionBackward{.q = p.q,
+                        .k = p.k,
+                        .v = p.v,
+                        .out = out,
+                        .lse = lse,
+                        .dout = p.dout,
+                        .sequences = p.sequences,
+                        .head_dim = 3,
+                        .dq = dq,
+                        .dk = dk,
+                        .dv = dv});
   EXPECT_TRUE(testing::gradient_matches(loss, p.q, dq));
   EXPECT_TRUE(testing::gradient_matches(loss, p.k, dk));
   EXPECT_TRUE(testing::gradient_matches(loss, p.v, dv));
@@ -141,15 +170,21 @@ TEST(Attention, GradientCheck) {
 Tensor run_alone(const Problem& p, size_t n, int64_t k_offset, int64_t tail) {
   const auto& s = p.c.sequences[n];
   const int64_t first = s.queries - std::min<int64_t>(tail, s.queries), queries = s.queries - first;
-  const Tensor k = random_tensor({k_offset + s.k_count + 3, p.k.dim(1)}, p.k.dtype(), 90), v = random_tensor(k.shape(), p.v.dtype(), 91);
+  const Tensor k = random_tensor({k_offset + s.k_count + 3, p.k.dim(1)}, p.k.dtype(), 90),
+               v = random_tensor(k.shape(), p.v.dtype(), 91);
   k.slice(k_offset, k_offset + s.k_count).copy_from(p.k.slice(p.k_begin[n], p.k_begin[n] + s.k_count));
   v.slice(k_offset, k_offset + s.k_count).copy_from(p.v.slice(p.k_begin[n], p.k_begin[n] + s.k_count));
   const AttentionSequences sequences{Tensor::from<int32_t>({0, static_cast<int32_t>(queries)}, {2}),
-                                     Tensor::from<int32_t>({static_cast<int32_t>(k_offset)}, {1}), Tensor::from<int32_t>({s.k_count}, {1}),
+                                     Tensor::from<int32_t>({static_cast<int32_t>(k_offset)}, {1}),
+                                     Tensor::from<int32_t>({s.k_count}, {1}),
                                      Tensor::from<int32_t>({static_cast<int32_t>(s.q_pos + first)}, {1})};
   const Tensor out = Tensor::empty({queries, p.q.dim(1)}, p.q.dtype());
-  run(Attention{.q = p.q.slice(p.q_begin[n] + first, p.q_begin[n + 1]), .k = k, .v = v, .sequences = sequences,
-                .head_dim = p.c.head_dim, .out = out});
+  run(Attention{.q = p.q.slice(p.q_begin[n] + first, p.q_begin[n + 1]),
+                .k = k,
+                .v = v,
+                .sequences = sequences,
+                .head_dim = p.c.head_dim,
+                .out = out});
   return out;
 }
 
@@ -161,7 +196,8 @@ TEST(Attention, AQueryDoesNotDependOnWhatElseIsInTheCall) {
     for (size_t n = 0; n < c.sequences.size(); ++n) {
       const int64_t queries = c.sequences[n].queries;
       for (const int64_t k_offset : {0, 1, 37}) {
-        EXPECT_TRUE(testing::bits_equal(run_alone(p, n, k_offset, queries), out.slice(p.q_begin[n], p.q_begin[n + 1]))) << c.name;
+        EXPECT_TRUE(testing::bits_equal(run_alone(p, n, k_offset, queries), out.slice(p.q_begin[n], p.q_begin[n + 1])))
+            << c.name;
       }
     }
   }
@@ -191,8 +227,16 @@ TEST(Attention, IsTheSameOnAnyThreads) {
     run(p.forward(out, lse));
     const Tensor gradients = Tensor::empty({p.q.numel() + 2 * p.k.numel()}, DType::kF32);
     const int64_t q_end = p.q.numel(), k_end = q_end + p.k.numel();
-    run(AttentionBackward{.q = p.q, .k = p.k, .v = p.v, .out = out, .lse = lse, .dout = p.dout, .sequences = p.sequences, .head_dim = 32,
-                          .dq = gradients.slice(0, q_end).reshape(p.q.shape()), .dk = gradients.slice(q_end, k_end).reshape(p.k.shape()),
+    run(AttentionBackward{.q = p.q,
+                          .k = p.k,
+                          .v = p.v,
+                          .out = out,
+                          .lse = lse,
+                          .dout = p.dout,
+                          .sequences = p.sequences,
+                          .head_dim = 32,
+                          .dq = gradients.slice(0, q_end).reshape(p.q.shape()),
+                          .dk = gradients.slice(q_end, k_end).reshape(p.k.shape()),
                           .dv = gradients.slice(k_end, gradients.numel()).reshape(p.k.shape())});
     return gradients;
   }));
@@ -203,9 +247,10 @@ TEST(Attention, LargeScoresDoNotOverflow) {
   const Tensor q = Tensor::from<float>({1000}, {1, 1}), k = Tensor::from<float>({-1, 1, 0.5f}, {3, 1});
   const Tensor v = Tensor::from<float>({3, 5, 7}, {3, 1});
   const Guarded out({1, 1}, DType::kF32), lse({1, 1}, DType::kF32);
-  const AttentionSequences sequences{Tensor::from<int32_t>({0, 1}, {2}), Tensor::from<int32_t>({0}, {1}), Tensor::from<int32_t>({3}, {1}),
-                                     Tensor::from<int32_t>({2}, {1})};
-  run(Attention{.q = q, .k = k, .v = v, .sequences = sequences, .head_dim = 1, .out = out.tensor(), .lse = lse.tensor()});
+  const AttentionSequences sequences{Tensor::from<int32_t>({0, 1}, {2}), Tensor::from<int32_t>({0}, {1}),
+                                     Tensor::from<int32_t>({3}, {1}), Tensor::from<int32_t>({2}, {1})};
+  run(Attention{
+      .q = q, .k = k, .v = v, .sequences = sequences, .head_dim = 1, .out = out.tensor(), .lse = lse.tensor()});
   EXPECT_EQ(out.tensor().data<float>()[0], 5);
   EXPECT_EQ(lse.tensor().data<float>()[0], 1000);
 }

@@ -33,8 +33,10 @@ struct Inputs {
   Pairs pairs;
   Tensor a, gates, ds;
   Inputs(const cases::CombineCase& c, DType dtype)
-      : pairs(c), a(random_tensor({pairs.count(), c.width}, dtype, 1)),
-        gates(random_tensor({c.tokens, c.top_k}, accumulator_type(dtype), 2)), ds(random_tensor({c.visits, c.width}, dtype, 3)) {}
+      : pairs(c),
+        a(random_tensor({pairs.count(), c.width}, dtype, 1)),
+        gates(random_tensor({c.tokens, c.top_k}, accumulator_type(dtype), 2)),
+        ds(random_tensor({c.visits, c.width}, dtype, 3)) {}
 };
 
 void check_sums(const cases::CombineCase& c, DType dtype) {
@@ -50,8 +52,13 @@ void check_sums(const cases::CombineCase& c, DType dtype) {
     }
   }
   const double tolerance = testing::sum_tolerance(dtype, in.pairs.count());
-  const Guarded s({c.visits, c.width}, dtype), y({c.visits, c.width}, dtype), expanded({in.pairs.count(), c.width}, dtype);
-  run(GatedSum{.a = in.a, .gates = in.gates, .pair_index = in.pairs.index_tensor(), .pair_visit = in.pairs.visit_tensor(), .s = s.tensor()});
+  const Guarded s({c.visits, c.width}, dtype), y({c.visits, c.width}, dtype),
+      expanded({in.pairs.count(), c.width}, dtype);
+  run(GatedSum{.a = in.a,
+               .gates = in.gates,
+               .pair_index = in.pairs.index_tensor(),
+               .pair_visit = in.pairs.visit_tensor(),
+               .s = s.tensor()});
   EXPECT_TRUE(testing::close(s.tensor(), gated, tolerance));
   run(SumPairs{.x = in.a, .pair_visit = in.pairs.visit_tensor(), .y = y.tensor()});
   EXPECT_TRUE(testing::close(y.tensor(), plain, tolerance));
@@ -64,7 +71,8 @@ void check_sums(const cases::CombineCase& c, DType dtype) {
 
 void check_backward(const cases::CombineCase& c, DType dtype, bool accumulate) {
   const Inputs in(c, dtype);
-  const Tensor da_before = random_tensor(in.a.shape(), dtype, 4), dgates_before = random_tensor(in.gates.shape(), accumulator_type(dtype), 5);
+  const Tensor da_before = random_tensor(in.a.shape(), dtype, 4),
+               dgates_before = random_tensor(in.gates.shape(), accumulator_type(dtype), 5);
   std::vector<double> da(to_doubles(da_before)), dgates(to_doubles(dgates_before));
   const std::vector<double> as = to_doubles(in.a), gs = to_doubles(in.gates), dss = to_doubles(in.ds);
   const size_t width = static_cast<size_t>(c.width);
@@ -81,9 +89,15 @@ void check_backward(const cases::CombineCase& c, DType dtype, bool accumulate) {
   const Guarded da_actual(in.a.shape(), dtype), dgates_actual(in.gates.shape(), accumulator_type(dtype));
   if (accumulate) da_actual.tensor().copy_from(da_before);
   dgates_actual.tensor().copy_from(dgates_before);  // entries that no pair names stay as they are
-  run(GatedSumBackward{.a = in.a, .ds = in.ds, .gates = in.gates, .pair_index = in.pairs.index_tensor(),
-                       .pair_visit = in.pairs.visit_tensor(), .accumulate_da = accumulate, .accumulate_dgates = accumulate,
-                       .da = da_actual.tensor(), .dgates = dgates_actual.tensor()});
+  run(GatedSumBackward{.a = in.a,
+                       .ds = in.ds,
+                       .gates = in.gates,
+                       .pair_index = in.pairs.index_tensor(),
+                       .pair_visit = in.pairs.visit_tensor(),
+                       .accumulate_da = accumulate,
+                       .accumulate_dgates = accumulate,
+                       .da = da_actual.tensor(),
+                       .dgates = dgates_actual.tensor()});
   EXPECT_TRUE(testing::close(da_actual.tensor(), da, testing::sum_tolerance(dtype, 2)));
   EXPECT_TRUE(testing::close(dgates_actual.tensor(), dgates, testing::sum_tolerance(accumulator_type(dtype), c.width)));
 }
@@ -91,7 +105,8 @@ void check_backward(const cases::CombineCase& c, DType dtype, bool accumulate) {
 TEST(Combine, PairOpsMatchTheEquations) {
   for (const auto& c : cases::combine) {
     for (const DType dtype : kTypes) {
-      SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << " x " << c.top_k << ", " << c.visits << " visits x " << c.width);
+      SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << " x " << c.top_k << ", " << c.visits
+                                        << " visits x " << c.width);
       check_sums(c, dtype);
       check_backward(c, dtype, false);
       check_backward(c, dtype, true);
@@ -100,7 +115,8 @@ TEST(Combine, PairOpsMatchTheEquations) {
 }
 
 void check_combine(const cases::CombineCase& c, DType dtype, bool scaled, bool accumulate) {
-  const Tensor x = random_tensor({c.visits, c.width}, dtype, 6), scales = random_tensor({c.tokens, c.top_k}, accumulator_type(dtype), 7);
+  const Tensor x = random_tensor({c.visits, c.width}, dtype, 6),
+               scales = random_tensor({c.tokens, c.top_k}, accumulator_type(dtype), 7);
   const Tensor before = random_tensor({c.tokens, c.width}, dtype, 8);
   Philox random(9);
   std::vector<int32_t> index;
@@ -120,8 +136,11 @@ void check_combine(const cases::CombineCase& c, DType dtype, bool scaled, bool a
   }
   const Guarded y({c.tokens, c.width}, dtype);
   if (accumulate) y.tensor().copy_from(before);
-  run(Combine{.x = x, .index = Tensor::from(index, {c.tokens, c.top_k}), .scales = scaled ? scales : Tensor(),
-              .accumulate = accumulate, .y = y.tensor()});
+  run(Combine{.x = x,
+              .index = Tensor::from(index, {c.tokens, c.top_k}),
+              .scales = scaled ? scales : Tensor(),
+              .accumulate = accumulate,
+              .y = y.tensor()});
   EXPECT_TRUE(testing::close(y.tensor(), expected, testing::sum_tolerance(dtype, c.top_k + 1)));
 }
 
@@ -140,14 +159,23 @@ TEST(Combine, GradientCheckOfGatedSum) {
   const Inputs in(c, DType::kF64);
   const Tensor s = Tensor::empty({c.visits, c.width}, DType::kF64);
   const auto loss = [&] {
-    run(GatedSum{.a = in.a, .gates = in.gates, .pair_index = in.pairs.index_tensor(), .pair_visit = in.pairs.visit_tensor(), .s = s});
+    run(GatedSum{.a = in.a,
+                 .gates = in.gates,
+                 .pair_index = in.pairs.index_tensor(),
+                 .pair_visit = in.pairs.visit_tensor(),
+                 .s = s});
     double sum = 0;
     for (int64_t i = 0; i < s.numel(); ++i) sum += s.data<double>()[i] * in.ds.data<double>()[i];
     return sum;
   };
   const Tensor da = Tensor::empty(in.a.shape(), DType::kF64), dgates = Tensor::zeros(in.gates.shape(), DType::kF64);
-  run(GatedSumBackward{.a = in.a, .ds = in.ds, .gates = in.gates, .pair_index = in.pairs.index_tensor(),
-                       .pair_visit = in.pairs.visit_tensor(), .da = da, .dgates = dgates});
+  run(GatedSumBackward{.a = in.a,
+                       .ds = in.ds,
+                       .gates = in.gates,
+                       .pair_index = in.pairs.index_tensor(),
+                       .pair_visit = in.pairs.visit_tensor(),
+                       .da = da,
+                       .dgates = dgates});
   EXPECT_TRUE(testing::gradient_matches(loss, in.a, da));
   EXPECT_TRUE(testing::gradient_matches(loss, in.gates, dgates));
 }
@@ -157,13 +185,21 @@ TEST(Combine, IsTheSameOnAnyThreads) {
   const Inputs in(c, DType::kF32);
   EXPECT_TRUE(testing::same_on_any_threads([&] {
     const Tensor s = Tensor::empty({c.visits, c.width}, DType::kF32);
-    run(GatedSum{.a = in.a, .gates = in.gates, .pair_index = in.pairs.index_tensor(), .pair_visit = in.pairs.visit_tensor(), .s = s});
+    run(GatedSum{.a = in.a,
+                 .gates = in.gates,
+                 .pair_index = in.pairs.index_tensor(),
+                 .pair_visit = in.pairs.visit_tensor(),
+                 .s = s});
     return s;
   }));
   EXPECT_TRUE(testing::same_on_any_threads([&] {
     const Tensor dgates = Tensor::zeros(in.gates.shape(), DType::kF32);
-    run(GatedSumBackward{.a = in.a, .ds = in.ds, .gates = in.gates, .pair_index = in.pairs.index_tensor(),
-                         .pair_visit = in.pairs.visit_tensor(), .dgates = dgates});
+    run(GatedSumBackward{.a = in.a,
+                         .ds = in.ds,
+                         .gates = in.gates,
+                         .pair_index = in.pairs.index_tensor(),
+                         .pair_visit = in.pairs.visit_tensor(),
+                         .dgates = dgates});
     return dgates;
   }));
 }

@@ -15,7 +15,8 @@ std::vector<int32_t> ints(const Tensor& t) { return {t.data<int32_t>(), t.data<i
 
 std::vector<int32_t> groups_of(const cases::DispatchCase& c) {
   std::vector<int32_t> group(static_cast<size_t>(c.slots));
-  for (int64_t s = 0; s < c.slots; ++s) group[static_cast<size_t>(s)] = static_cast<int32_t>(s * 7 % (c.groups + 1) - 1);
+  for (int64_t s = 0; s < c.slots; ++s)
+    group[static_cast<size_t>(s)] = static_cast<int32_t>(s * 7 % (c.groups + 1) - 1);
   return group;
 }
 
@@ -38,7 +39,8 @@ Tensor slots_of(const cases::DispatchCase& c) {
 std::vector<int32_t> offsets_of(const std::vector<int32_t>& sorted_keys, int32_t count) {
   std::vector<int32_t> offsets;
   for (int32_t key = 0; key <= count; ++key) {
-    offsets.push_back(static_cast<int32_t>(std::lower_bound(sorted_keys.begin(), sorted_keys.end(), key) - sorted_keys.begin()));
+    offsets.push_back(
+        static_cast<int32_t>(std::lower_bound(sorted_keys.begin(), sorted_keys.end(), key) - sorted_keys.begin()));
   }
   return offsets;
 }
@@ -78,7 +80,8 @@ void check_case(const cases::DispatchCase& c) {
     index_pair[static_cast<size_t>(index)] = static_cast<int32_t>(p);
     tokens.push_back(index / top_k), indices.push_back(index), pair_groups.push_back(g);
     const std::pair<int32_t, int32_t> visit{g, index / top_k};
-    pair_visits.push_back(static_cast<int32_t>(std::find(sorted_visits.begin(), sorted_visits.end(), visit) - sorted_visits.begin()));
+    pair_visits.push_back(
+        static_cast<int32_t>(std::find(sorted_visits.begin(), sorted_visits.end(), visit) - sorted_visits.begin()));
     const std::pair<int32_t, int32_t> position{g, slot};
     positions.push_back(static_cast<int32_t>(std::find(order.begin(), order.end(), position) - order.begin()));
   }

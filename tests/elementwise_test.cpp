@@ -120,9 +120,12 @@ TEST(Elementwise, BlendMixesTypesAndIsExactAtItsEnds) {
           std::vector<double> expected = to_doubles(b);
           const std::vector<double> as = to_doubles(a);
           for (size_t i = 0; i < as.size(); ++i) expected[i] = beta * as[i] + (1 - beta) * expected[i];
-          if (beta == 0) EXPECT_TRUE(testing::bits_equal(y.tensor(), b.to(y_type)));
-          else if (beta == 1) EXPECT_TRUE(testing::bits_equal(y.tensor(), a.to(y_type)));
-          else expect_close(y.tensor(), expected, y_type);
+          if (beta == 0)
+            EXPECT_TRUE(testing::bits_equal(y.tensor(), b.to(y_type)));
+          else if (beta == 1)
+            EXPECT_TRUE(testing::bits_equal(y.tensor(), a.to(y_type)));
+          else
+            expect_close(y.tensor(), expected, y_type);
         }
       }
     }
@@ -131,7 +134,8 @@ TEST(Elementwise, BlendMixesTypesAndIsExactAtItsEnds) {
 
 // At beta 0 an original that overflowed or is gone must not leak in.
 TEST(Elementwise, BlendAtZeroDoesNotReadTheOriginal) {
-  const Tensor a = Tensor::from<float>({std::numeric_limits<float>::quiet_NaN()}, {1}), b = Tensor::from<float>({2}, {1});
+  const Tensor a = Tensor::from<float>({std::numeric_limits<float>::quiet_NaN()}, {1}),
+               b = Tensor::from<float>({2}, {1});
   const Tensor y = Tensor::zeros({1}, DType::kF32);
   run(Blend{.beta = 0, .a = a, .b = b, .y = y});
   EXPECT_EQ(y.data<float>()[0], 2);
@@ -148,7 +152,8 @@ TEST(Elementwise, IsTheSameOnAnyThreads) {
 }
 
 TEST(Elementwise, RefusesWrongArguments) {
-  const Tensor a = Tensor::zeros({3}, DType::kF32), b = Tensor::zeros({4}, DType::kF32), c = Tensor::zeros({3}, DType::kF64);
+  const Tensor a = Tensor::zeros({3}, DType::kF32), b = Tensor::zeros({4}, DType::kF32),
+               c = Tensor::zeros({3}, DType::kF64);
   EXPECT_THROW(run(Add{.a = a, .b = b, .y = a}), Error);
   EXPECT_THROW(run(Scale{.alpha = 1, .x = c, .y = a}), Error);
   EXPECT_THROW(run(Blend{.beta = 1.5, .a = a, .b = a, .y = a}), Error);

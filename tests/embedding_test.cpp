@@ -18,7 +18,8 @@ Tensor random_ids(int64_t count, int64_t vocabulary, uint64_t seed) {
 }
 
 void check_forward(const cases::EmbeddingCase& c, DType table_type, DType y_type) {
-  const Tensor ids = random_ids(c.tokens, c.vocabulary, 1), table = random_tensor({c.vocabulary, c.width}, table_type, 2);
+  const Tensor ids = random_ids(c.tokens, c.vocabulary, 1),
+               table = random_tensor({c.vocabulary, c.width}, table_type, 2);
   const Guarded y({c.tokens, c.width}, y_type);
   run(Embedding{.ids = ids, .table = table, .y = y.tensor()});
   const std::vector<double> values = to_doubles(table), actual = to_doubles(y.tensor());
@@ -44,7 +45,8 @@ void check_backward(const cases::EmbeddingCase& c, DType dy_type, DType table_ty
   run(EmbeddingBackward{.ids = ids, .dy = dy, .dtable = dtable.tensor()});
   // Every '+=' rounds to the table's type, at most `tokens` times, each by unit_roundoff of a partial sum.
   const double roundings = 1 + std::sqrt(static_cast<double>(c.tokens));
-  EXPECT_TRUE(testing::close(dtable.tensor(), expected, 0, 4 * roundings * testing::unit_roundoff(table_type) * largest));
+  EXPECT_TRUE(
+      testing::close(dtable.tensor(), expected, 0, 4 * roundings * testing::unit_roundoff(table_type) * largest));
 }
 
 TEST(Embedding, MatchesTheEquation) {

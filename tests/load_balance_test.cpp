@@ -41,7 +41,8 @@ struct Layers {
       const std::vector<double> p = to_doubles(probs[l]);
       for (const int32_t t : tokens) {
         for (int64_t k = 0; k < top_k; ++k) chosen[slots[l].data<int32_t>()[t * top_k + k]] += 1 / n;
-        for (int64_t e = 0; e < count; ++e) probability[static_cast<int32_t>(e)] += p[static_cast<size_t>(t * count + e)] / n;
+        for (int64_t e = 0; e < count; ++e)
+          probability[static_cast<int32_t>(e)] += p[static_cast<size_t>(t * count + e)] / n;
       }
     }
     double sum = 0;
@@ -82,7 +83,8 @@ TEST(LoadBalance, GradientCheck) {
     const Layers layers(2, 9, 5, 2, DType::kF64, masked);
     std::vector<Tensor> dprobs;
     for (int l = 0; l < 2; ++l) dprobs.push_back(Tensor::empty({9, 5}, DType::kF64));
-    run(LoadBalanceBackward{.probs = layers.probs, .slots = layers.slots, .mask = layers.mask, .scale = 0.5, .dprobs = dprobs});
+    run(LoadBalanceBackward{
+        .probs = layers.probs, .slots = layers.slots, .mask = layers.mask, .scale = 0.5, .dprobs = dprobs});
     for (size_t l = 0; l < 2; ++l) {
       EXPECT_TRUE(testing::gradient_matches([&] { return 0.5 * loss_of(layers); }, layers.probs[l], dprobs[l], 1e-9));
     }
@@ -92,13 +94,15 @@ TEST(LoadBalance, GradientCheck) {
 TEST(LoadBalance, GradientOfMaskedTokensIsZeroAndUndefinedLayersAreSkipped) {
   const Layers layers(2, 40, 5, 2, DType::kF32, true);
   const Guarded first({40, 5}, DType::kF32);
-  run(LoadBalanceBackward{.probs = layers.probs, .slots = layers.slots, .mask = layers.mask, .dprobs = {first.tensor(), Tensor()}});
+  run(LoadBalanceBackward{
+      .probs = layers.probs, .slots = layers.slots, .mask = layers.mask, .dprobs = {first.tensor(), Tensor()}});
   for (int64_t i = 0; i < 200; ++i) {
     const bool counted = layers.mask.data<uint8_t>()[i / 5] != 0;
     ASSERT_TRUE(counted || first.tensor().data<float>()[i] == 0) << i;
   }
   layers.mask.fill_zero();
-  run(LoadBalanceBackward{.probs = layers.probs, .slots = layers.slots, .mask = layers.mask, .dprobs = {first.tensor(), Tensor()}});
+  run(LoadBalanceBackward{
+      .probs = layers.probs, .slots = layers.slots, .mask = layers.mask, .dprobs = {first.tensor(), Tensor()}});
   for (int64_t i = 0; i < 200; ++i) ASSERT_EQ(first.tensor().data<float>()[i], 0);
 }
 

@@ -18,11 +18,20 @@ DType accumulator_type(DType dtype) { return dtype == DType::kF64 ? DType::kF64 
 struct Outputs {
   Guarded logits, probs, slots, gates;
   Outputs(int64_t tokens, int64_t count, int64_t top_k, DType dtype)
-      : logits({tokens, count}, dtype), probs({tokens, count}, dtype), slots({tokens, top_k}, DType::kI32),
+      : logits({tokens, count}, dtype),
+        probs({tokens, count}, dtype),
+        slots({tokens, top_k}, DType::kI32),
         gates({tokens, top_k}, dtype) {}
   Router op(const Tensor& x, const Tensor& w, bool renormalize = false, const Tensor& removed = {}) const {
-    return {.x = x, .w = w, .removed = removed, .top_k = slots.tensor().dim(1), .renormalize = renormalize,
-            .logits = logits.tensor(), .probs = probs.tensor(), .slots = slots.tensor(), .gates = gates.tensor()};
+    return {.x = x,
+            .w = w,
+            .removed = removed,
+            .top_k = slots.tensor().dim(1),
+            .renormalize = renormalize,
+            .logits = logits.tensor(),
+            .probs = probs.tensor(),
+            .slots = slots.tensor(),
+            .gates = gates.tensor()};
   }
 };
 
@@ -55,11 +64,13 @@ void expect_choice(const Outputs& out, bool renormalize, const std::vector<uint8
     for (size_t e = 0; e < count; ++e) {
       if (!removed[e]) order.push_back(e);
     }
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return p[t * count + a] > p[t * count + b]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return p[t * count + a] > p[t * count + b]; });
     double sum = 0;
     for (size_t k = 0; k < top_k; ++k) sum += p[t * count + order[k]];
     for (size_t k = 0; k < top_k; ++k) {
-      ASSERT_EQ(slots.data<int32_t>()[t * top_k + k], static_cast<int32_t>(order[k])) << "token " << t << " choice " << k;
+      ASSERT_EQ(slots.data<int32_t>()[t * top_k + k], static_cast<int32_t>(order[k]))
+          << "token " << t << " choice " << k;
       const double expected = p[t * count + order[k]] / (renormalize ? sum : 1);
       ASSERT_NEAR(gates[t * top_k + k], expected, renormalize ? 1e-6 * expected : 0);
     }
@@ -67,10 +78,11 @@ void expect_choice(const Outputs& out, bool renormalize, const std::vector<uint8
 }
 
 void check_forward(const cases::RouterCase& c, DType dtype, bool renormalize, int64_t num_removed) {
-  SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << "x" << c.width << " top " << c.top_k << " of "
-                                    << c.slots << " minus " << num_removed);
+  SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << "x" << c.width << " top " << c.top_k
+                                    << " of " << c.slots << " minus " << num_removed);
   const double spread = 2 / std::sqrt(static_cast<double>(c.width));
-  const Tensor x = random_tensor({c.tokens, c.width}, dtype, 1), w = random_tensor({c.slots, c.width}, dtype, 2, spread);
+  const Tensor x = random_tensor({c.tokens, c.width}, dtype, 1),
+               w = random_tensor({c.slots, c.width}, dtype, 2, spread);
   std::vector<uint8_t> removed(static_cast<size_t>(c.slots), 0);
   for (int64_t i = 0; i < num_removed; ++i) removed[static_cast<size_t>(i * 7 % c.slots)] = 1;
   const DType accumulator = accumulator_type(dtype);
@@ -80,7 +92,8 @@ void check_forward(const cases::RouterCase& c, DType dtype, bool renormalize, in
   const double tolerance = testing::sum_tolerance(accumulator, c.width);
   EXPECT_TRUE(testing::close(out.logits.tensor(), logits, 0, tolerance * 8));
   // An absolute error e of a logit is a relative error e of a probability, and probabilities are at most 1.
-  EXPECT_TRUE(testing::close(out.probs.tensor(), softmax_of(logits, static_cast<size_t>(c.slots), removed), 0, 16 * tolerance));
+  EXPECT_TRUE(
+      testing::close(out.probs.tensor(), softmax_of(logits, static_cast<size_t>(c.slots), removed), 0, 16 * tolerance));
   expect_choice(out, renormalize, removed);
 }
 
@@ -156,15 +169,24 @@ TEST(Router, GradientCheck) {
     const auto loss = [&] {
       run(out.op(x, w, c.renormalize, c.with_removed ? removed : Tensor()));
       double sum = 0;
-      for (int64_t i = 0; i < 12 && c.with_dgates; ++i) sum += out.gates.tensor().data<double>()[i] * dgates.data<double>()[i];
-      for (int64_t i = 0; i < 36 && c.with_dprobs; ++i) sum += out.probs.tensor().data<double>()[i] * dprobs.data<double>()[i];
+      for (int64_t i = 0; i < 12 && c.with_dgates; ++i)
+        sum += out.gates.tensor().data<double>()[i] * dgates.data<double>()[i];
+      for (int64_t i = 0; i < 36 && c.with_dprobs; ++i)
+        sum += out.probs.tensor().data<double>()[i] * dprobs.data<double>()[i];
       return sum;
     };
     loss();
     const Tensor dx = Tensor::empty({4, 6}, DType::kF64), dw = Tensor::zeros({9, 6}, DType::kF64);
-    run(RouterBackward{.x = x, .w = w, .probs = out.probs.tensor(), .slots = out.slots.tensor(), .gates = out.gates.tensor(),
-                       .dgates = c.with_dgates ? dgates : Tensor(), .dprobs = c.with_dprobs ? dprobs : Tensor(),
-                       .renormalize = c.renormalize, .dx = dx, .dw = dw});
+    run(RouterBackward{.x = x,
+                       .w = w,
+                       .probs = out.probs.tensor(),
+                       .slots = out.slots.tensor(),
+                       .gates = out.gates.tensor(),
+                       .dgates = c.with_dgates ? dgates : Tensor(),
+                       .dprobs = c.with_dprobs ? dprobs : Tensor(),
+                       .renormalize = c.renormalize,
+                       .dx = dx,
+                       .dw = dw});
     EXPECT_TRUE(testing::gradient_matches(loss, x, dx));
     EXPECT_TRUE(testing::gradient_matches(loss, w, dw));
   }
@@ -172,19 +194,27 @@ TEST(Router, GradientCheck) {
 
 // The products of the backward pass at every size and type, against doubles from the op's own probabilities.
 void check_backward(const cases::RouterCase& c, DType dtype, bool accumulate) {
-  SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << "x" << c.width << " of " << c.slots << " " << accumulate);
+  SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << "x" << c.width << " of " << c.slots << " "
+                                    << accumulate);
   const DType accumulator = accumulator_type(dtype);
   const Tensor x = random_tensor({c.tokens, c.width}, dtype, 11), w = random_tensor({c.slots, c.width}, dtype, 12, 0.1);
   const Outputs out(c.tokens, c.slots, c.top_k, accumulator);
   run(out.op(x, w));
   const Tensor dprobs = random_tensor({c.tokens, c.slots}, accumulator, 13);
   const Guarded dx({c.tokens, c.width}, dtype), dw({c.slots, c.width}, accumulator);
-  const Tensor dx_before = random_tensor({c.tokens, c.width}, dtype, 14), dw_before = random_tensor({c.slots, c.width}, accumulator, 15);
+  const Tensor dx_before = random_tensor({c.tokens, c.width}, dtype, 14),
+               dw_before = random_tensor({c.slots, c.width}, accumulator, 15);
   dw.tensor().copy_from(dw_before);
   if (accumulate) dx.tensor().copy_from(dx_before);
-  run(RouterBackward{.x = x, .w = w, .probs = out.probs.tensor(), .dprobs = dprobs, .accumulate_dx = accumulate,
-                     .dx = dx.tensor(), .dw = dw.tensor()});
-  const std::vector<double> p = to_doubles(out.probs.tensor()), dp = to_doubles(dprobs), xs = to_doubles(x), ws = to_doubles(w);
+  run(RouterBackward{.x = x,
+                     .w = w,
+                     .probs = out.probs.tensor(),
+                     .dprobs = dprobs,
+                     .accumulate_dx = accumulate,
+                     .dx = dx.tensor(),
+                     .dw = dw.tensor()});
+  const std::vector<double> p = to_doubles(out.probs.tensor()), dp = to_doubles(dprobs), xs = to_doubles(x),
+                            ws = to_doubles(w);
   std::vector<double> dx_expected = to_doubles(dx_before), dw_expected = to_doubles(dw_before);
   if (!accumulate) std::fill(dx_expected.begin(), dx_expected.end(), 0.0);
   const size_t count = static_cast<size_t>(c.slots), width = static_cast<size_t>(c.width);
@@ -218,7 +248,12 @@ TEST(Router, IsTheSameOnAnyThreads) {
     const Outputs out(701, 31, 4, DType::kF32);
     run(out.op(x, w));
     const Tensor dx_dw = Tensor::zeros({701 + 31, 97}, DType::kF32);
-    run(RouterBackward{.x = x, .w = w, .probs = out.probs.tensor(), .dprobs = dprobs, .dx = dx_dw.slice(0, 701), .dw = dx_dw.slice(701, 732)});
+    run(RouterBackward{.x = x,
+                       .w = w,
+                       .probs = out.probs.tensor(),
+                       .dprobs = dprobs,
+                       .dx = dx_dw.slice(0, 701),
+                       .dw = dx_dw.slice(701, 732)});
     return dx_dw;
   }));
 }

@@ -8,7 +8,7 @@ struct EmbeddingCase {
   int64_t tokens, vocabulary, width;
 };
 // No tokens, one, one-word vocabulary (every id the same), odd widths, and a slice of OLMoE's table.
-inline const std::vector<EmbeddingCase> embedding = {{0, 5, 8},    {1, 1, 1},    {33, 1, 31},     {7, 3, 129},
+inline const std::vector<EmbeddingCase> embedding = {{0, 5, 8},    {1, 1, 1},     {33, 1, 31},   {7, 3, 129},
                                                      {64, 97, 33}, {31, 131, 64}, {20, 50, 2048}};
 
 }  // namespace lightmoe::cases
