@@ -15,19 +15,19 @@ TrainingEstimate estimate_training(const OlmoeConfig& config, const std::vector<
                                    int64_t tokens, Recompute recompute) {
   const int64_t d = config.hidden_size, kv = config.num_kv_heads * config.head_dim();
   const int64_t k = config.num_experts_per_token, f = config.intermediate_size;
-  const int64_t clipped = config.clip_qkv ? d + 2 * kv : 0;
-  const int64_t attention = 3 * d + 3 * d + 3 * kv + config.num_heads + clipped;  // n, x, middle; q twice and out; k, v
-  const int64_t router = d + config.num_experts + 2 * k;
+  const int64_t attention = 4 * d + 2 * kv + config.num_heads;  // x, the middle, q and out; k, v (norms are made again)
+  const int64_t router = config.num_experts + 2 * k;
   const int64_t experts = 2 * k * f;
   const int64_t layer = attention + router + experts;
-  // Backward of the experts holds a, da and ds or rows of D beside dy and dx.
-  const int64_t working = k * (2 * f + std::max(f, d)) + 2 * d;
+  // Backward of the experts holds a, da and ds or rows of D, beside n, dy and dx; that of attention twice q, k, v and their
+  // gradients.
+  const int64_t working = std::max(k * (2 * f + std::max(f, d)) + 3 * d, 5 * d + 4 * kv);
   int64_t kept = config.num_layers * layer;
   if (recompute == Recompute::kMoe) kept = config.num_layers * (attention + router) + experts;
   if (recompute == Recompute::kBlock) kept = config.num_layers * d + layer;
   const int64_t bytes_per_value = 4;
   TrainingEstimate estimate{.fixed = training_memory(parameters)};
-  estimate.activation_bytes = bytes_per_value * tokens * (kept + working + 3 * d) +
+  estimate.activation_bytes = bytes_per_value * tokens * (kept + working + d) +
                               std::min(kLogitChunkBytes, bytes_per_value * tokens * config.vocab_size);
   return estimate;
 }

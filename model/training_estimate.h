@@ -12,8 +12,8 @@ struct TrainingEstimate {
   int64_t activation_bytes = 0;  // peak of one micro-batch; within about a fifth, for the stock layer
   int64_t total_bytes() const { return fixed.total_bytes() + activation_bytes; }
 };
-// What backward needs of T tokens: per layer four rows of D, three of each of q, k, v and one of the attention's output, router
-// probabilities, 2 F K of expert hidden values; then the largest working set of one layer's backward and a chunk of logits.
+// What backward needs of T tokens: per layer the two residual rows, q and the attention's output (D each), k and v, the router's
+// probabilities, 2 F K of expert hidden values; then the largest working set of one half-layer's backward and a chunk of logits.
 TrainingEstimate estimate_training(const OlmoeConfig& config, const std::vector<ParameterPtr>& parameters,
                                    int64_t tokens, Recompute recompute);
 std::string to_text(const TrainingEstimate& estimate);  // lines for people

@@ -82,12 +82,12 @@ TEST(TrainingEstimate, IsNearWhatAStepTakes) {
   config.vocab_size = 97, config.hidden_size = 64, config.intermediate_size = 48, config.num_layers = 6;
   config.num_heads = 4, config.num_kv_heads = 2, config.num_experts = 8, config.num_experts_per_token = 3;
   config.max_position_embeddings = 512;
+  const int threads = omp_get_max_threads();
+  omp_set_num_threads(1);  // bytes are what is measured
   const auto model = random_model(config, DType::kF32, 1);
   const int64_t rows = 2, length = 128, tokens = rows * length;
   std::vector<int32_t> ids(tokens);
   for (int64_t i = 0; i < tokens; ++i) ids[i] = static_cast<int32_t>(i * 31 % 97);
-  const int threads = omp_get_max_threads();
-  omp_set_num_threads(1);  // bytes are what is measured
   const Batch batch = make_batch(ids, rows, length, ids);
   const TrainingEstimate exact = estimate_training(config, model->parameters(), tokens, Recompute::kNone);
   EXPECT_EQ(exact.fixed.weight_bytes, model->stored_bytes());
