@@ -38,7 +38,7 @@ struct EvalOptions {
   bool truncate = false;       // longer records: drop the oldest context instead of Error(kInput)
   int64_t max_new_tokens = 0;  // exact_match; 0 = longest reference of the task + 8 tokens
   GemmCompute compute = GemmCompute::kF32;
-  std::string gemm = "reference";    // backend during evaluation; another one may give up batch invariance
+  std::string gemm = "native";       // backend during evaluation; another one may give up batch invariance
   const Olmoe* reference = nullptr;  // same vocabulary
   bool keep_samples = false;
 };
