@@ -238,7 +238,7 @@ TEST(Eval, ExactMatchOfGeneratedAnswers) {
   std::vector<TextRecord> records;
   size_t ended = 0;
   for (const std::string prompt : {"the cat", "a dog", "one two", "Saluton,", "near", "story", "goes on", "mat"}) {
-    const GemmBackendScope native("reference");
+    const GemmBackendScope native("native");
     GenerateOptions options{.max_new_tokens = 32, .eos_ids = {0}, .tokenizer = &tokenizer()};
     const Generation g = generate(model(), {tokenizer().encode(prompt)}, options)[0];
     if (g.finish == FinishReason::kEos && g.text.find("\ufffd") == std::string::npos && !trimmed(g.text).empty()) {

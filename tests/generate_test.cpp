@@ -74,7 +74,7 @@ TEST(Generate, EqualsForwardWithoutCache) {
 }
 
 TEST(Generate, DoesNotDependOnTheBatch) {
-  const GemmBackendScope native("reference");
+  const GemmBackendScope native("native");
   for (const SamplingOptions& sampling :
        {SamplingOptions{}, SamplingOptions{.temperature = 1.5, .top_k = 50, .top_p = 0.9, .seed = 11}}) {
     std::vector<std::vector<int32_t>> alone;
