@@ -4,7 +4,7 @@
 #   make test       unit, golden and fault tests, and the architecture lint
 #   make bench      benchmarks, JSON into build/bench/
 #   make lint | format | setup | asan | fuzz | cuda
-# Variables: MODE=release|asan|debug  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)
+# Variables: MODE=release|asan|debug|fuzz  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)  FUZZ_SECONDS=5 (for each target)
 
 MODE ?= release
 ARCH ?= native
@@ -28,6 +28,8 @@ objects = $(patsubst %.cpp,$(BUILD)/obj/%.o,$(1))
 
 PACKAGES := g++ pkg-config libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev libutf8proc-dev \
   libxxhash-dev libopenblas-openmp-dev libtomlplusplus-dev libgtest-dev libbenchmark-dev
+FUZZ_PACKAGES := clang libclang-rt-dev libomp-dev
+FUZZ_SECONDS ?= 5
 
 VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 # PCRE2 and utf8proc read tokenizers, xxhash seals files, OpenBLAS (OpenMP build: one thread pool) multiplies.
@@ -47,11 +49,14 @@ else ifeq ($(MODE),asan)
   LDFLAGS += -fsanitize=address,undefined
 else ifeq ($(MODE),debug)
   CXXFLAGS += -O0 -march=$(ARCH)
+else ifeq ($(MODE),fuzz)
+  CXXFLAGS += -O1 -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+  LDFLAGS += -fsanitize=fuzzer,address,undefined
 else
-  $(error MODE is $(MODE), expected release, asan or debug)
+  $(error MODE is $(MODE), expected release, asan, debug or fuzz)
 endif
 
-.PHONY: all demo test unit bench lint format setup asan cuda clean
+.PHONY: all demo test unit bench lint format setup asan fuzz fuzz-run cuda clean
 .SECONDARY:
 all: setup
 	@$(MAKE) --no-print-directory $(BUILD)/lightmoe $(BUILD)/lightmoe-bench
@@ -96,6 +101,22 @@ unit: $(BUILD)/lightmoe-tests $(BUILD)/lightmoe
 asan:
 	@$(MAKE) --no-print-directory MODE=asan build/asan/lightmoe-tests build/asan/lightmoe
 	@ASAN_OPTIONS=detect_leaks=0 build/asan/lightmoe-tests $(TEST_ARGS)
+
+# Each tests/fuzz/*.cpp with libFuzzer, FUZZ_SECONDS of each; needs clang, which nothing else does. FUZZ_LIBRARY is what reads
+# files; the linker takes from it what a target calls.
+FUZZ_LIBRARY := $(filter runtime/% loaders/%,$(LIBRARY_SOURCES)) autograd/schedule.cpp \
+  $(addprefix model/,config.cpp slot_table.cpp parameter_table.cpp checkpoint_state.cpp)
+FUZZERS := $(patsubst tests/fuzz/%.cpp,$(BUILD)/%,$(FUZZ_SOURCES))
+$(BUILD)/fuzz.a: $(call objects,$(FUZZ_LIBRARY)) Makefile
+	@rm -f $@ && ar qcs $@ $(filter %.o,$^)
+$(BUILD)/%_fuzz: $(BUILD)/obj/tests/fuzz/%_fuzz.o $(BUILD)/fuzz.a
+	@echo "  LINK $@"
+	@$(CXX) $(LDFLAGS) $^ $(LDLIBS) -o $@
+fuzz:
+	@scripts/setup.sh $(PACKAGES) $(FUZZ_PACKAGES)
+	@$(MAKE) --no-print-directory MODE=fuzz CXX=clang++ fuzz-run
+fuzz-run: $(FUZZERS)
+	@scripts/fuzz.sh $(FUZZ_SECONDS) $(FUZZERS)
 
 bench: all
 	@scripts/bench.sh

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "loaders/input_file.h"
+#include "loaders/marker.h"
 #include "loaders/output_internal.h"
 #include "runtime/error.h"
 
@@ -66,6 +67,7 @@ OutputFile::OutputFile(const std::filesystem::path& path, Mode mode) : path_(pat
   static_cast<void>(ignored);
   before_write();
   const int flags = O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW | (mode == Mode::kCreate ? O_EXCL : O_APPEND);
+  if (mode == Mode::kCreate) hash_ = std::make_unique<StreamHash>();
   fd_ = ::open(path.c_str(), flags, 0644);
   check(fd_ >= 0, ErrorKind::kIo, "{}: cannot create: {}", path.string(), std::strerror(errno));
 }
@@ -86,6 +88,7 @@ void OutputFile::write(const void* data, size_t bytes) {
       fail(ErrorKind::kIo, "{}: cannot write {} bytes after the first {}: {} ({} bytes free there)", path_.string(),
            bytes, written_, std::strerror(error), free_bytes(path_.parent_path().empty() ? "." : path_.parent_path()));
     }
+    if (hash_) hash_->update(from, static_cast<size_t>(done));
     from += done;
     bytes -= static_cast<size_t>(done);
     written_ += static_cast<uint64_t>(done);
@@ -101,6 +104,7 @@ void OutputFile::sync() {
 void OutputFile::close() {
   if (fd_ < 0) return;
   sync();
+  if (hash_) remember_written_hash(fd_, hash_->digest());
   const int fd = fd_;
   fd_ = -1;
   check(::close(fd) == 0, ErrorKind::kIo, "{}: close: {}", path_.string(), std::strerror(errno));

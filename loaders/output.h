@@ -1,16 +1,19 @@
 #pragma once
 // Outputs appear complete or not at all. An OutputDirectory is written under a temporary sibling name, then every file and the
-// directory are fsynced, a completeness marker (.complete: one line per file with XXH3-128, size and name, then their number) is written last, and the
-// directory is renamed into place. A failure or destruction without commit() removes the temporary directory; what a killed
-// process left behind is removed (or, in the middle of a replacement, put back) by the next one that writes the same target.
+// directory are fsynced, a completeness marker (loaders/marker.h) is written last, and the directory is renamed into place. A
+// failure or destruction without commit() removes the temporary directory; what a killed process left behind is removed (or, in
+// the middle of a replacement, put back) by the next one that writes the same target.
 // All file writing of the program goes through this header, so that tests can make the n-th write fail or the process stop there.
 
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "loaders/hash.h"
 
 namespace lightmoe {
 
@@ -52,6 +55,7 @@ class OutputFile {
  private:
   std::filesystem::path path_;
   uint64_t written_ = 0;
+  std::unique_ptr<StreamHash> hash_;  // of a new file
   int fd_ = -1;
 };
 
@@ -65,7 +69,6 @@ void write_file_atomically(const std::filesystem::path& path, const std::functio
 std::string read_file(const std::filesystem::path& path,
                       int64_t max_bytes);  // regular files only; Error(kInput) past the cap
 void copy_file_bytes(const std::filesystem::path& from, const std::filesystem::path& to);
-std::string hash_file(const std::filesystem::path& path);     // XXH3-128, 32 hex digits
 uint64_t free_bytes(const std::filesystem::path& directory);  // that this user may fill; 0 where unknown
 
 // Test hook: called before each system call that changes the file system (create, write, sync, rename, remove) with a running

@@ -4,14 +4,13 @@
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <memory>
 
 #include "loaders/input_file.h"
+#include "loaders/marker.h"
 #include "loaders/output.h"
 #include "loaders/output_internal.h"
 #include "runtime/error.h"
@@ -20,9 +19,6 @@ namespace fs = std::filesystem;
 
 namespace lightmoe {
 namespace {
-
-constexpr const char* kMarker = ".complete";
-constexpr int64_t kMaxMarkerBytes = int64_t{16} << 20;
 
 bool is_there(const fs::path& path) {
   struct stat status {};
@@ -71,9 +67,9 @@ void refuse_occupied(const fs::path& target, bool force) {
   if (!is_there(target)) return;
   check(force, ErrorKind::kUsage, "{}: exists; choose another place, or --force to replace it", target.string());
   check(fs::is_directory(target), ErrorKind::kUsage, "{}: is not a directory; it is not replaced", target.string());
-  check(fs::is_empty(target) || is_there(target / kMarker), ErrorKind::kUsage,
+  check(fs::is_empty(target) || is_there(target / kMarkerName), ErrorKind::kUsage,
         "{}: holds files that this program did not write (no {}); it is not replaced, not even with --force",
-        target.string(), kMarker);
+        target.string(), kMarkerName);
 }
 
 // Exclusive lock on a sibling file. The file is removed by its holder, so a lock counts only while the name still leads to it.
@@ -144,38 +140,15 @@ void sync_tree(const fs::path& directory) {
   sync_directory(directory);
 }
 
-std::string last_marker_line(size_t files) { return fmt::format("{} files\n", files); }
-
 void write_marker(const fs::path& directory) {
-  std::string marker;
-  const std::vector<fs::path> files = files_under(directory);
-  for (const fs::path& file : files) {
+  std::vector<MarkerEntry> entries;
+  for (const fs::path& file : files_under(directory)) {
     require(file.native().find('\n') == std::string::npos, "{}: a line break in an output file name", file.string());
-    marker += fmt::format("{} {} {}\n", hash_file(directory / file), fs::file_size(directory / file), file.string());
+    const std::string known = take_written_hash(directory / file);
+    entries.push_back(
+        {known.empty() ? hash_file(directory / file) : known, file.string(), fs::file_size(directory / file)});
   }
-  marker += last_marker_line(files.size());
-  write_file_atomically(directory / kMarker, marker);
-}
-
-struct MarkerLine {
-  std::string hash, name;
-  uint64_t size = 0;
-};
-
-// "HASH SIZE NAME"; false when it is anything else, or a name that leads out of the directory.
-bool parse_marker_line(const std::string& line, MarkerLine* out) {
-  const size_t first = line.find(' '), second = line.find(' ', first == std::string::npos ? first : first + 1);
-  if (first != 32 || second == std::string::npos || second == first + 1 || second - first > 20) return false;
-  out->hash = line.substr(0, first);
-  out->name = line.substr(second + 1);
-  out->size = 0;
-  for (size_t i = first + 1; i < second; ++i) {
-    if (line[i] < '0' || line[i] > '9') return false;
-    out->size = out->size * 10 + static_cast<uint64_t>(line[i] - '0');
-  }
-  const fs::path path(out->name);
-  if (out->name.empty() || path.is_absolute()) return false;
-  return std::none_of(path.begin(), path.end(), [](const fs::path& part) { return part == ".."; });
+  write_file_atomically(directory / kMarkerName, marker_text(entries));
 }
 
 }  // namespace
@@ -237,50 +210,19 @@ void OutputDirectory::commit() {
 }
 
 bool is_complete(const fs::path& directory, bool verify_hashes, std::string* why_not) {
-  const auto no = [&](std::string reason) {
-    if (why_not) *why_not = std::move(reason);
-    return false;
-  };
-  const fs::path marker = directory / kMarker;
-  if (!is_there(marker)) return no(fmt::format("{}: not there", marker.string()));
   try {
-    const std::string text = read_file(marker, kMaxMarkerBytes);
-    size_t begin = 0, files = 0;
-    while (begin < text.size() && std::string_view(text).substr(begin) != last_marker_line(files)) {
-      const size_t end = std::min(text.find('\n', begin), text.size());
-      MarkerLine line;
-      if (!parse_marker_line(text.substr(begin, end - begin), &line)) {
-        return no(fmt::format("{}: bad line {}", marker.string(), files + 1));
-      }
-      begin = end + 1;
-      ++files;
-      const fs::path file = directory / line.name;
+    for (const MarkerEntry& entry : read_marker(directory)) {
+      const fs::path file = directory / entry.name;
       const uint64_t size = InputFile(file).size();
-      if (size != line.size) return no(fmt::format("{}: {} bytes, {} when written", file.string(), size, line.size));
-      if (verify_hashes && hash_file(file) != line.hash) {
-        return no(fmt::format("{}: contents changed since written (XXH3-128)", file.string()));
-      }
+      check(size == entry.size, ErrorKind::kInput, "{}: {} bytes, {} when written", file.string(), size, entry.size);
+      check(!verify_hashes || hash_file(file) == entry.hash, ErrorKind::kInput,
+            "{}: contents changed since written (XXH3-128)", file.string());
     }
-    if (begin >= text.size()) return no(fmt::format("{}: cut after {} lines", marker.string(), files));
   } catch (const Error& error) {
-    return no(error.what());
+    if (why_not) *why_not = error.what();
+    return false;
   }
   return true;
-}
-
-std::string hash_file(const fs::path& path) {
-  const InputFile file(path);
-  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(), XXH3_freeState);
-  check(state != nullptr && XXH3_128bits_reset(state.get()) == XXH_OK, ErrorKind::kMemory, "no memory to hash {}",
-        path.string());
-  std::string piece;
-  for (uint64_t done = 0; done < file.size(); done += piece.size()) {
-    piece.resize(std::min<uint64_t>(uint64_t{8} << 20, file.size() - done));
-    file.read(done, piece.data(), piece.size());
-    XXH3_128bits_update(state.get(), piece.data(), piece.size());
-  }
-  const XXH128_hash_t hash = XXH3_128bits_digest(state.get());
-  return fmt::format("{:016x}{:016x}", hash.high64, hash.low64);
 }
 
 }  // namespace lightmoe

@@ -1,9 +1,11 @@
 #include "model/verify.h"
 
+#include <map>
 #include <set>
 
 #include "loaders/finite_scan.h"
 #include "loaders/json.h"
+#include "loaders/marker.h"
 #include "loaders/output.h"
 #include "loaders/safetensors_header.h"
 #include "model/summary.h"
@@ -18,16 +20,14 @@ class Verifier {
       : directory_(directory), options_(options) {}
 
   VerifyReport run() {
-    check_marker();
-    try {
+    attempt([&] { read_marker_if_there(); });
+    attempt([&] {
       const OlmoeConfig config = read_config(directory_);
       const Checkpoint files(directory_);
       check_tensors(config, files);
       if (options_.values) scan_values(files);
-    } catch (const Error& error) {
-      if (error.kind() != ErrorKind::kInput) throw;
-      report_.problems.emplace_back(error.what());
-    }
+    });
+    if (options_.hashes) attempt([&] { check_hashes(); });
     return std::move(report_);
   }
 
@@ -37,12 +37,38 @@ class Verifier {
     report_.problems.push_back(fmt::format(format, std::forward<Args>(args)...));
   }
 
-  void check_marker() {
-    std::string why;
-    if (!std::filesystem::exists(directory_ / ".complete")) {
+  template <class F>
+  void attempt(F&& f) {
+    try {
+      f();
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kInput) throw;
+      report_.problems.emplace_back(error.what());
+    }
+  }
+
+  void read_marker_if_there() {
+    if (!std::filesystem::exists(directory_ / kMarkerName)) {
       report_.notes.emplace_back("no completeness marker (not written by this program): hashes cannot be compared");
-    } else if (!is_complete(directory_, options_.hashes, &why)) {
-      report_.problems.push_back(std::move(why));
+      return;
+    }
+    for (MarkerEntry& entry : read_marker(directory_)) {
+      std::string name = entry.name;
+      marker_.emplace(std::move(name), std::move(entry));
+    }
+    std::string why;
+    if (!is_complete(directory_, false, &why)) report_.problems.push_back(std::move(why));
+  }
+
+  // Every file of the marker whose bytes were not hashed on the way.
+  void check_hashes() {
+    for (const auto& [name, entry] : marker_) {
+      const auto known = hashes_.find(name);
+      const std::string hash = known != hashes_.end() ? known->second : hash_file(directory_ / name);
+      if (hash != entry.hash) {
+        problem("{}: contents changed since written (XXH3-128 {}, was {})", (directory_ / name).string(), hash,
+                entry.hash);
+      }
     }
   }
 
@@ -87,25 +113,29 @@ class Verifier {
   void scan_values(const Checkpoint& files) {
     const int64_t all = files.total_bytes();
     for (const SafetensorsFile& file : files.files()) {
-      for (const TensorInfo& info : file.tensors()) {
-        const FiniteScan scan = scan_finite(file, info);
-        ++report_.scanned;
-        report_.values += scan.elements;
-        report_.bytes += static_cast<int64_t>(info.bytes());
-        report_.nonfinite += scan.nonfinite;
-        if (scan.nonfinite > 0) {
-          problem("{}: tensor \"{}\": {} of {} values are not finite, the first is {} at index {}",
-                  file.path().string(), printable(info.name), scan.nonfinite, scan.elements, scan.first_value,
-                  scan.first);
-        }
+      const FileScan scan = scan_file(file, [&](int64_t bytes) {
+        report_.bytes += bytes;
         if (options_.progress) options_.progress(report_.bytes, all);
-      }
+      });
+      hashes_.emplace(file.path().filename().string(), scan.hash);
+      for (size_t i = 0; i < scan.tensors.size(); ++i) account(file, file.tensors()[i], scan.tensors[i]);
     }
+  }
+
+  void account(const SafetensorsFile& file, const TensorInfo& info, const FiniteScan& scan) {
+    ++report_.scanned;
+    report_.values += scan.elements;
+    report_.nonfinite += scan.nonfinite;
+    if (scan.nonfinite == 0) return;
+    problem("{}: tensor \"{}\": {} of {} values are not finite, the first is {} at index {}", file.path().string(),
+            printable(info.name), scan.nonfinite, scan.elements, scan.first_value, scan.first);
   }
 
   const std::filesystem::path& directory_;
   const VerifyOptions& options_;
   VerifyReport report_;
+  std::map<std::string, MarkerEntry> marker_;  // by name
+  std::map<std::string, std::string> hashes_;  // of files read on the way
 };
 
 }  // namespace

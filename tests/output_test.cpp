@@ -285,6 +285,24 @@ TEST(OutputDirectory, FullDiskOnASmallFileSystem) {
   EXPECT_EQ(names, std::set<std::string>{"model"});
 }
 
+// Hashes made while writing are used only for files that nobody touched since.
+TEST(Completeness, SealsWhatIsThere) {
+  const TempDir dir;
+  OutputDirectory out(dir / "m", false);
+  for (const std::string name : {"as_written", "longer", "same_size"}) {
+    OutputFile file(out.path() / name);
+    file.write("first");
+    file.close();
+  }
+  ::usleep(20'000);  // a tick of the file system's clock
+  put_file(out.path() / "longer", "longer than before");
+  put_file(out.path() / "same_size", "other");
+  put_file(out.path() / "foreign", "not through OutputFile");
+  out.commit();
+  std::string why;
+  EXPECT_TRUE(is_complete(dir / "m", true, &why)) << why;
+}
+
 TEST(Completeness, MarkerNoticesEveryChange) {
   const TempDir dir;
   publish(dir / "m", false, "new");
@@ -317,7 +335,7 @@ TEST(Completeness, MarkerNoticesEveryChange) {
     EXPECT_TRUE(incomplete(false, "bad line")) << line << ": " << why;
   }
   fs::remove(dir / "m/.complete");
-  EXPECT_TRUE(incomplete(false, "not there"));
+  EXPECT_TRUE(incomplete(false, ".complete: cannot open"));
 }
 
 }  // namespace
