@@ -68,8 +68,7 @@ $(BUILD)/obj/%.o: %.cpp
 
 # The version reaches one object only, so that a commit does not rebuild the tree.
 $(BUILD)/obj/runtime/version.o: CPPFLAGS += -DLIGHTMOE_VERSION='"$(VERSION)"'
-$(BUILD)/obj/runtime/version.o: .git/HEAD $(wildcard .git/index)
-.git/HEAD:
+$(BUILD)/obj/runtime/version.o: $(wildcard $(shell git rev-parse --git-path HEAD --git-path index 2>/dev/null))
 
 LIBRARY_OBJECTS := $(call objects,$(LIBRARY_SOURCES))
 $(BUILD)/lightmoe: $(LIBRARY_OBJECTS) $(call objects,$(CLI_SOURCES))
