@@ -121,7 +121,7 @@ bench: all
 	@scripts/bench.sh
 
 demo: all
-	@demo/run.sh
+	@SHORT=$(SHORT) demo/run.sh
 
 lint:
 	@scripts/lint.sh

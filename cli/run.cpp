@@ -1,0 +1,99 @@
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "cli/verb.h"
+#include "compress/report.h"
+#include "compress/runner.h"
+#include "runtime/parallel.h"
+
+namespace lightmoe::cli {
+namespace {
+
+struct Options {
+  std::string recipe, worker;
+  bool short_form = false, dry_run = false, report_only = false, quiet = false;
+  int64_t jobs = 1;
+};
+
+// The same command once per job, each with its share of the runs and of the threads. Small models do not fill several cores; two
+// runs side by side do. Returns the first exit code that is not 0.
+int run_jobs(const Options& o) {
+  std::vector<pid_t> children;
+  const std::string threads = std::to_string(std::max<int64_t>(1, num_threads() / o.jobs));
+  for (int64_t i = 0; i < o.jobs; ++i) {
+    std::vector<std::string> arguments = {"lightmoe",  "run",  o.recipe, "--worker", fmt::format("{}/{}", i, o.jobs),
+                                          "--threads", threads};
+    if (o.short_form) arguments.emplace_back("--short");
+    if (o.quiet) arguments.emplace_back("--quiet");
+    std::vector<char*> raw;
+    for (std::string& argument : arguments) raw.push_back(argument.data());
+    raw.push_back(nullptr);
+    pid_t child = 0;
+    const int error = posix_spawn(&child, "/proc/self/exe", nullptr, nullptr, raw.data(), environ);
+    check(error == 0, ErrorKind::kIo, "a worker could not be started: {}", std::strerror(error));
+    children.push_back(child);
+  }
+  int code = 0;
+  for (const pid_t child : children) {
+    int status = 0;
+    while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
+    }
+    const int own = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    if (code == 0) code = own;
+  }
+  return code;
+}
+
+void parse_worker(const std::string& text, RunnerOptions& options) {
+  long long worker = -1, workers = 0;
+  const bool ok = std::sscanf(text.c_str(), "%lld/%lld", &worker, &workers) == 2 && worker >= 0 && worker < workers;
+  check(ok, ErrorKind::kUsage, "--worker {}: expected I/N with I from 0 to N-1", text);
+  options.worker = worker;
+  options.workers = workers;
+}
+
+void run_recipe(const Options& o) {
+  const Recipe recipe = read_recipe(o.recipe, o.short_form);
+  if (o.dry_run) {
+    fmt::print("{}", describe(recipe));
+    return;
+  }
+  check(o.jobs >= 1 && o.jobs <= 64, ErrorKind::kUsage, "--jobs {}: expected 1 to 64", o.jobs);
+  RunnerOptions options;
+  if (!o.quiet) options.say = [](const std::string& line) { fmt::print(stderr, "{}\n", line); };
+  if (!o.worker.empty()) parse_worker(o.worker, options);
+  if (!o.report_only) {
+    if (o.worker.empty()) run_calibration(recipe, options);
+    int code = 0;
+    if (o.jobs > 1 && o.worker.empty())
+      code = run_jobs(o);
+    else
+      run_stages(recipe, options, &code);
+    if (code != 0 || !o.worker.empty()) return set_exit_code(code);
+  }
+  const Report report = make_report(recipe, load_results(recipe));
+  write_report(report, recipe.output);
+  fmt::print("{}", to_markdown(report));
+  fmt::print("\nwrote {0}/report.html, {0}/report.md, {0}/report.json\n", recipe.output);
+}
+
+const RegisterVerb verb{
+    {"run", "Compression", "Compare methods on tasks as a recipe says, and write the report",
+     "lightmoe run recipes/demo.toml", [](CLI::App& app) -> VerbAction {
+       auto o = std::make_shared<Options>();
+       app.add_option("recipe", o->recipe, "TOML file (recipes/)")->required();
+       app.add_flag("--short", o->short_form, "the recipe's [short] form");
+       app.add_flag("--dry-run", o->dry_run, "say what it will do, and stop");
+       app.add_flag("--report-only", o->report_only, "write the report again from the results that are there");
+       app.add_option("--jobs", o->jobs, "runs side by side, each with its share of the threads")
+           ->capture_default_str();
+       app.add_option("--worker", o->worker, "I/N: only every N-th run, no report (what --jobs starts)");
+       app.add_flag("--quiet", o->quiet, "no progress");
+       return [o] { run_recipe(*o); };
+     }}};
+
+}  // namespace
+}  // namespace lightmoe::cli

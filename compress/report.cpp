@@ -1,0 +1,211 @@
+#include "compress/report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+#include "compress/runner.h"
+#include "compress/selection.h"
+#include "compress/text.h"
+#include "loaders/output.h"
+#include "loaders/safetensors.h"
+#include "model/config.h"
+#include "runtime/version.h"
+
+namespace lightmoe {
+namespace {
+
+bool is_share(const std::string& metric) { return metric == "exact_match" || metric.rfind("acc", 0) == 0; }
+
+double mean_of(const std::vector<double>& values) {
+  double sum = 0;
+  for (const double v : values) sum += v;
+  return values.empty() ? 0 : sum / static_cast<double>(values.size());
+}
+
+ReportCell cell_of(const std::vector<double>& values) {
+  ReportCell cell{.mean = mean_of(values), .seeds = static_cast<int64_t>(values.size())};
+  if (values.size() > 1) {
+    double squares = 0;
+    for (const double v : values) squares += (v - cell.mean) * (v - cell.mean);
+    cell.deviation = std::sqrt(squares / static_cast<double>(values.size() - 1));
+  }
+  return cell;
+}
+
+ReportTask task_of(const Recipe& recipe, const RecipeTask& task, const std::vector<RunResult>& results) {
+  ReportTask out{.name = task.name, .title = task.title, .scenario = task.scenario};
+  for (const RunResult& run : results) {
+    if (run.task != task.name) continue;
+    out.metric = run.main_metric;
+    out.share = is_share(run.main_metric);
+    const auto found = run.metrics.find(run.main_metric);
+    if (found != run.metrics.end()) out.higher_is_better = found->second.higher_is_better;
+    out.test_records = run.test_records;
+    break;
+  }
+  const std::filesystem::path file = std::filesystem::path(recipe.output) / task.name / "statistics.safetensors";
+  if (std::filesystem::exists(file)) {
+    for (const LayerStatistics& layer : load_statistics(file).layers) out.gate_scores.push_back(gate_scores(layer));
+  }
+  return out;
+}
+
+// All runs of one method at one ratio.
+ReportRow row_of(const Report& report, const std::string& method, double ratio) {
+  ReportRow row{.method = method, .ratio = ratio};
+  std::vector<double> parameters, files, live, trainable, peak, prefill, decode, speed;
+  std::map<int64_t, std::vector<double>> by_seed;  // quality of each task
+  for (const ReportTask& task : report.tasks) {
+    std::vector<double> quality, loss;
+    for (const RunResult& run : report.runs) {
+      if (run.task != task.name || run.method != method || run.ratio != ratio) continue;
+      quality.push_back(run.quality());
+      by_seed[run.seed].push_back(run.quality());
+      if (const auto found = run.metrics.find("loss"); found != run.metrics.end()) loss.push_back(found->second.value);
+      parameters.push_back(static_cast<double>(run.parameters));
+      files.push_back(static_cast<double>(run.file_bytes));
+      live.push_back(static_cast<double>(run.live_bytes));
+      trainable.push_back(static_cast<double>(run.trainable));
+      peak.push_back(static_cast<double>(run.peak_bytes));
+      prefill.push_back(run.prefill_tokens_per_second);
+      decode.push_back(run.decode_tokens_per_second);
+      if (run.train_seconds > 0) speed.push_back(static_cast<double>(run.trained_tokens) / run.train_seconds);
+    }
+    row.cells.push_back(cell_of(quality));
+    if (!loss.empty()) row.cells.back().loss = mean_of(loss);
+  }
+  row.parameters = mean_of(parameters), row.file_bytes = mean_of(files), row.live_bytes = mean_of(live);
+  row.trainable = mean_of(trainable), row.peak_bytes = mean_of(peak);
+  row.prefill = mean_of(prefill), row.decode = mean_of(decode), row.train_speed = mean_of(speed);
+  if (std::all_of(report.tasks.begin(), report.tasks.end(), [](const ReportTask& t) { return t.share; })) {
+    std::vector<double> averages;
+    for (const auto& [seed, values] : by_seed) {
+      if (values.size() == report.tasks.size()) averages.push_back(mean_of(values));
+    }
+    if (!averages.empty()) row.average = cell_of(averages);
+  }
+  return row;
+}
+
+std::string number(double value) { return std::isfinite(value) ? fmt::format("{:.4g}", value) : "-"; }
+
+}  // namespace
+
+std::string ratio_text(double ratio) { return ratio > 0 ? fmt::format("{:g} %", std::round(1000 * ratio) / 10) : "-"; }
+
+std::string cell_text(const ReportTask* task, const ReportCell& cell) {
+  if (cell.seeds == 0 || !std::isfinite(cell.mean)) return "-";
+  const bool share = task == nullptr || task->share;
+  if (!share) return number(cell.mean);
+  std::string text = fmt::format("{:.1f}", 100 * cell.mean);
+  if (cell.deviation) text += fmt::format(" ± {:.1f}", 100 * *cell.deviation);
+  return text;
+}
+
+Report make_report(const Recipe& recipe, std::vector<RunResult> results) {
+  const OlmoeConfig config = read_config(recipe.model);
+  const ModelSize size = model_size(config);
+  Report report{.title = recipe.title.empty() ? "LightMoE comparison" : recipe.title,
+                .model = recipe.model,
+                .version = version(),
+                .recipe_file = recipe.file,
+                .recipe_text = read_file(recipe.file, int64_t{1} << 20),
+                .original_parameters = size.total(),
+                .num_layers = size.layers,
+                .num_slots = size.slots,
+                .original_bytes = static_cast<double>(Checkpoint(recipe.model).total_bytes())};
+  for (const RecipeTask& task : recipe.tasks) report.tasks.push_back(task_of(recipe, task, results));
+  report.runs = std::move(results);
+  std::vector<std::pair<std::string, double>> keys;
+  for (const RecipeMethod& method : recipe.methods) {
+    report.method_order.push_back(method.name);
+    for (const double ratio : method.ratios.empty() ? std::vector<double>{0} : method.ratios)
+      keys.emplace_back(method.name, ratio);
+  }
+  std::stable_sort(keys.begin(), keys.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+  for (const auto& [method, ratio] : keys) report.rows.push_back(row_of(report, method, ratio));
+  return report;
+}
+
+std::string to_markdown(const Report& report) {
+  std::string text =
+      fmt::format("# {}\n\nModel {}, {} parameters, {}. ", report.title, report.model,
+                  human_count(report.original_parameters), human_bytes(static_cast<int64_t>(report.original_bytes)));
+  std::string names;
+  for (const ReportTask& task : report.tasks) {
+    names += fmt::format("{}{} ({}{}, {} test records)", names.empty() ? "" : ", ", task.title, task.metric,
+                         task.share ? " %" : "", task.test_records);
+  }
+  text += "Tasks: " + names + ". ± is the standard deviation over seeds. Made by `lightmoe run " + report.recipe_file +
+          "` (" + report.version + ").\n\n| removed | method |";
+  for (const ReportTask& task : report.tasks) text += fmt::format(" {} |", task.title);
+  text += " average | parameters | size | prefill tok/s | decode tok/s |\n|---|---|";
+  for (size_t i = 0; i < report.tasks.size() + 5; ++i) text += "---:|";
+  text += "\n";
+  for (const ReportRow& row : report.rows) {
+    text += fmt::format("| {} | {} |", ratio_text(row.ratio), row.method);
+    for (size_t t = 0; t < row.cells.size(); ++t)
+      text += fmt::format(" {} |", cell_text(&report.tasks[t], row.cells[t]));
+    text += fmt::format(" {} |", row.average ? cell_text(nullptr, *row.average) : "-");
+    text += fmt::format(" {} | {} |", human_count(static_cast<int64_t>(row.parameters)),
+                        human_bytes(static_cast<int64_t>(row.file_bytes)));
+    text += row.decode > 0 ? fmt::format(" {:.0f} | {:.0f} |\n", row.prefill, row.decode) : std::string(" - | - |\n");
+  }
+  return text;
+}
+
+Json to_json(const Report& report) {
+  const auto cell_json = [](const ReportCell& cell) {
+    return Json{{"mean", std::isfinite(cell.mean) && cell.seeds > 0 ? Json(cell.mean) : Json(nullptr)},
+                {"deviation", cell.deviation ? Json(*cell.deviation) : Json(nullptr)},
+                {"loss", cell.loss && std::isfinite(*cell.loss) ? Json(*cell.loss) : Json(nullptr)},
+                {"seeds", cell.seeds}};
+  };
+  Json tasks = Json::array(), rows = Json::array(), runs = Json::array();
+  for (const ReportTask& task : report.tasks) {
+    tasks.push_back({{"name", task.name},
+                     {"title", task.title},
+                     {"scenario", task.scenario},
+                     {"metric", task.metric},
+                     {"test_records", task.test_records}});
+  }
+  for (const ReportRow& row : report.rows) {
+    Json cells = Json::object();
+    for (size_t t = 0; t < row.cells.size(); ++t) cells[report.tasks[t].name] = cell_json(row.cells[t]);
+    rows.push_back({{"method", row.method},
+                    {"ratio", row.ratio},
+                    {"tasks", cells},
+                    {"average", row.average ? cell_json(*row.average) : Json(nullptr)},
+                    {"parameters", row.parameters},
+                    {"file_bytes", row.file_bytes},
+                    {"live_bytes", row.live_bytes},
+                    {"trainable", row.trainable},
+                    {"training_peak_bytes", row.peak_bytes},
+                    {"prefill_tokens_per_second", row.prefill},
+                    {"decode_tokens_per_second", row.decode},
+                    {"train_tokens_per_second", row.train_speed}});
+  }
+  for (const RunResult& run : report.runs) {
+    Json json = to_json(run);
+    json.erase("curve");  // stands in the run's own result.json
+    runs.push_back(std::move(json));
+  }
+  return {{"title", report.title},
+          {"version", report.version},
+          {"model", report.model},
+          {"recipe", report.recipe_file},
+          {"original_parameters", report.original_parameters},
+          {"original_bytes", report.original_bytes},
+          {"tasks", tasks},
+          {"rows", rows},
+          {"runs", runs}};
+}
+
+void write_report(const Report& report, const std::filesystem::path& directory) {
+  write_file_atomically(directory / "report.json", to_json(report).dump(1) + "\n");
+  write_file_atomically(directory / "report.md", to_markdown(report));
+  write_file_atomically(directory / "report.html", to_html(report));
+}
+
+}  // namespace lightmoe

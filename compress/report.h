@@ -1,0 +1,62 @@
+#pragma once
+// What a recipe's runs come to: rows averaged over seeds, a Markdown table, report.json and one self-contained report.html.
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "compress/recipe.h"
+#include "compress/run_result.h"
+#include "compress/statistics.h"
+
+namespace lightmoe {
+
+struct ReportCell {  // one method at one ratio on one task
+  double mean = 0;
+  std::optional<double> deviation;  // standard deviation over seeds, two at least
+  std::optional<double> loss;       // of the test split
+  int64_t seeds = 0;
+};
+
+struct ReportRow {
+  std::string method;
+  double ratio = 0;                   // 0: takes no budget
+  std::vector<ReportCell> cells;      // one per task
+  std::optional<ReportCell> average;  // of the tasks, per seed; where all are shares
+  // Means over tasks and seeds.
+  double parameters = 0, file_bytes = 0, live_bytes = 0, trainable = 0, peak_bytes = 0;
+  double prefill = 0, decode = 0, train_speed = 0;  // tokens/s
+};
+
+struct ReportTask {
+  std::string name, title, scenario, metric;
+  bool share = false;  // the metric is a share from 0 to 1, shown in per cent
+  bool higher_is_better = true;
+  int64_t test_records = 0;
+  std::vector<std::vector<double>> gate_scores;  // per layer and slot, of the calibration; empty: not calibrated
+};
+
+struct Report {
+  std::string title, model, version, recipe_file, recipe_text;
+  int64_t original_parameters = 0, num_layers = 0, num_slots = 0;
+  double original_bytes = 0;
+  std::vector<ReportTask> tasks;
+  std::vector<ReportRow> rows;  // by ratio, then as in the recipe
+  std::vector<RunResult> runs;
+  std::vector<std::string> method_order;
+};
+
+// results in the order of list_runs.
+Report make_report(const Recipe& recipe, std::vector<RunResult> results);
+std::string to_markdown(const Report& report);
+Json to_json(const Report& report);
+std::string to_html(const Report& report);
+// report.json, report.md, report.html
+void write_report(const Report& report, const std::filesystem::path& directory);
+
+// "97.5", "97.5 ± 0.4", "0.0123": a cell as people read it.
+std::string cell_text(const ReportTask* task, const ReportCell& cell);
+std::string ratio_text(double ratio);  // "50 %", "-"
+
+}  // namespace lightmoe

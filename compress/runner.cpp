@@ -1,0 +1,122 @@
+#include "compress/runner.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "compress/stages.h"
+#include "compress/statistics.h"
+#include "compress/text.h"
+
+namespace lightmoe {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Files that are not there, budgets that cannot be met, settings out of range: before any work.
+void check_recipe(const Recipe& recipe, const OlmoeConfig& config) {
+  for (const RecipeTask& task : recipe.tasks) {
+    for (const std::string& file : {task.train, task.validation, task.test}) {
+      check(file.empty() || fs::is_regular_file(file), ErrorKind::kUsage, "{}: task {}: no file {}", recipe.file,
+            task.name, file);
+    }
+  }
+  const Statistics statistics = uniform_statistics(config.num_layers, config.num_experts, config.hidden_size);
+  for (const RecipeMethod& method : recipe.methods) {
+    const RecipeTraining& t = method.training;
+    Annealing{.eps = t.anneal.value_or(0), .shape = parse_anneal_shape(t.anneal_shape), .gamma = t.anneal_gamma}
+        .check_valid();
+    check(t.length <= config.max_position_embeddings, ErrorKind::kUsage, "{}: length {}: the model has {} positions",
+          recipe.file, t.length, config.max_position_embeddings);
+    for (const double ratio : method.ratios) {
+      MethodOptions options = method.options;
+      options.budget.value = ratio;
+      find_method(method.method).plan({.config = config, .statistics = statistics, .options = options});
+    }
+  }
+}
+
+}  // namespace
+
+std::string describe(const Recipe& recipe) {
+  const OlmoeConfig config = read_config(recipe.model);
+  check_recipe(recipe, config);
+  const ModelSize size = model_size(config);
+  const Statistics statistics = uniform_statistics(config.num_layers, config.num_experts, config.hidden_size);
+  std::string text =
+      fmt::format("{}: {} parameters; {} tasks, {} runs, results in {}\n", recipe.model, human_count(size.total()),
+                  recipe.tasks.size(), list_runs(recipe).size(), recipe.output);
+  text += fmt::format("{:<22} {:>6} {:>12} {:>12} {:>5} {:>7} {:>9}\n", "method", "ratio", "parameters", "trainable",
+                      "rank", "steps", "lr");
+  for (const RecipeMethod& recipe_method : recipe.methods) {
+    const Method& method = find_method(recipe_method.method);
+    for (const double ratio : recipe_method.ratios.empty() ? std::vector<double>{0} : recipe_method.ratios) {
+      MethodOptions options = recipe_method.options;
+      options.budget.value = ratio;
+      const MethodInput input{.config = config, .statistics = statistics, .options = options};
+      const Plan plan = method.plan(input);
+      const bool trains = method.trainable != Trainable::kNothing;
+      text += fmt::format("{:<22} {:>6} {:>12} {:>12} {:>5} {:>7} {:>9}\n", recipe_method.name,
+                          recipe_method.ratios.empty() ? "-" : fmt::format("{:g} %", 100 * ratio),
+                          human_count(stored_parameters(plan.shapes(), size)),
+                          human_count(trainable_parameters(method, input, plan)),
+                          method.rank == nullptr ? "-" : std::to_string(method.rank(input)),
+                          trains ? std::to_string(recipe_method.training.steps) : "-",
+                          trains ? fmt::format("{:g}", recipe_method.training.lr) : "-");
+    }
+  }
+  return text + "steps and rates are before a task's own scales; sizes vary a little with what calibration finds\n";
+}
+
+std::vector<RunPlan> list_runs(const Recipe& recipe) {
+  std::vector<RunPlan> runs;
+  for (size_t t = 0; t < recipe.tasks.size(); ++t) {
+    for (size_t m = 0; m < recipe.methods.size(); ++m) {
+      const RecipeMethod& method = recipe.methods[m];
+      const bool trains = find_method(method.method).trainable != Trainable::kNothing;
+      const std::vector<double> ratios = method.ratios.empty() ? std::vector<double>{0} : method.ratios;
+      for (const double ratio : ratios) {
+        for (const int64_t seed : recipe.seeds) {
+          std::string directory = recipe.tasks[t].name + "/" + method.name;
+          if (!method.ratios.empty()) directory += fmt::format("-r{:g}", 100 * ratio);
+          if (trains) directory += fmt::format("-s{}", seed);
+          runs.push_back({.task = t, .method = m, .ratio = ratio, .seed = trains ? seed : 0, .directory = directory});
+          if (!trains) break;
+        }
+      }
+    }
+  }
+  return runs;
+}
+
+void run_calibration(const Recipe& recipe, const RunnerOptions& options) {
+  check_recipe(recipe, read_config(recipe.model));
+  fs::create_directories(recipe.output);
+  Stages stages(recipe, options);
+  const bool needed = std::any_of(recipe.methods.begin(), recipe.methods.end(),
+                                  [](const RecipeMethod& m) { return find_method(m.method).compresses; });
+  for (size_t t = 0; needed && t < recipe.tasks.size(); ++t) stages.calibrate(t);
+}
+
+bool run_stages(const Recipe& recipe, const RunnerOptions& options, int* stopped_by) {
+  Stages stages(recipe, options);
+  const std::vector<RunPlan> runs = list_runs(recipe);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    if (static_cast<int64_t>(i) % options.workers != options.worker) continue;
+    if (stages.run(runs[i], fmt::format("{}/{}", i + 1, runs.size()))) continue;
+    if (stopped_by != nullptr) *stopped_by = stages.exit_code();
+    return false;
+  }
+  return true;
+}
+
+std::vector<RunResult> load_results(const Recipe& recipe) {
+  std::vector<RunResult> results;
+  for (const RunPlan& plan : list_runs(recipe)) {
+    const std::string file = (fs::path(recipe.output) / plan.directory / "result.json").string();
+    check(fs::exists(file), ErrorKind::kInput, "{}: no such result yet; `lightmoe run {}` makes it", file, recipe.file);
+    results.push_back(result_from_json(read_json_file(file), file));
+  }
+  return results;
+}
+
+}  // namespace lightmoe

@@ -1,0 +1,355 @@
+#include "compress/stages.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "compress/compressor.h"
+#include "compress/measure.h"
+#include "compress/recover.h"
+#include "compress/text.h"
+#include "compress/weights.h"
+#include "loaders/output.h"
+#include "model/eval.h"
+#include "model/training_data.h"
+
+namespace lightmoe {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kStageVersion = 1;  // raised when a stage computes something else
+
+std::string key_of(Json parts) {
+  parts["stages"] = kStageVersion;
+  const std::string text = parts.dump();
+  return hash_bytes(text.data(), text.size());
+}
+
+// A stage's key stands beside its output, written last.
+bool is_done(const fs::path& key_file, const std::string& key) {
+  return fs::exists(key_file) && read_file(key_file, 1024) == key + "\n";
+}
+
+Json to_json(const RecipeTraining& t) {
+  return {{"steps", t.steps},
+          {"rows", t.rows},
+          {"length", t.length},
+          {"accumulate", t.accumulate},
+          {"pack", t.pack},
+          {"lr", t.lr},
+          {"schedule", t.schedule},
+          {"warmup", t.warmup},
+          {"min_lr_ratio", t.min_lr_ratio},
+          {"weight_decay", t.weight_decay},
+          {"clip", t.clip},
+          {"aux_coef", t.aux_coef},
+          {"betas", {t.beta1, t.beta2}},
+          {"anneal", t.anneal ? Json(*t.anneal) : Json(nullptr)},
+          {"anneal_shape", t.anneal_shape},
+          {"anneal_gamma", t.anneal_gamma},
+          {"merge", t.merge},
+          {"eval_every", t.eval_every}};
+}
+
+Json to_json(const MethodOptions& o) {
+  return {{"budget", describe(o.budget)},
+          {"bases", o.bases},
+          {"rank", o.rank},
+          {"method_rank", o.method_rank},
+          {"rule", static_cast<int>(o.selection.rule)},
+          {"alpha", o.selection.alpha},
+          {"clip", o.selection.clip},
+          {"starved", static_cast<int>(o.selection.starved)},
+          {"init", name_of(o.adapter_init)},
+          {"std", o.adapter_std},
+          {"seed", o.seed}};
+}
+
+// The steps of a training log.
+void read_curve(const fs::path& file, RunResult& result) {
+  if (!fs::exists(file)) return;
+  const std::string text = read_file(file, int64_t{1} << 30);
+  int64_t number = 0;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find('\n', begin), text.size());
+    const Json line = parse_json(text.substr(begin, end - begin), fmt::format("{}:{}", file.string(), ++number));
+    begin = end + 1;
+    if (!line.contains("loss") || line.contains("event")) continue;
+    TrainedStep step{.step = line.value("step", int64_t{0})};
+    step.loss = line["loss"].is_number() ? line["loss"].get<double>() : std::nan("");
+    step.beta = line.value("beta", 0.0);
+    step.live_bytes = line.value("weight_bytes", int64_t{0});
+    result.curve.push_back(step);
+  }
+}
+
+}  // namespace
+
+Stages::Stages(const Recipe& recipe, const RunnerOptions& options)
+    : recipe_(recipe),
+      options_(options),
+      config_(read_config(recipe.model)),
+      fingerprint_(model_fingerprint(Checkpoint(recipe.model))) {
+  check(config_.lightmoe_json.empty(), ErrorKind::kInput, "{}: the recipe's model is compressed already", recipe.model);
+  if (fs::exists(fs::path(recipe.model) / "tokenizer.json")) {
+    tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(recipe.model));
+  }
+}
+
+const TaskData& Stages::data(size_t index) {
+  const RecipeTask& task = recipe_.tasks[index];
+  if (data_.name == task.name) return data_;
+  data_ = {.name = task.name};
+  data_.train = load_documents({task.train}, config_, tokenizer_.get(), false);
+  data_.train_hash = hash_file(task.train);
+  if (!task.validation.empty()) {
+    data_.validation = load_documents({task.validation}, config_, tokenizer_.get(), false);
+    data_.validation_hash = hash_file(task.validation);
+  }
+  data_.test_hash = hash_file(task.test);
+  if (fs::path(task.test).extension() == ".safetensors") {
+    for (Document& document : documents_from_tokens(task.test, config_.vocab_size))
+      data_.test_ids.push_back(std::move(document.ids));
+  } else {
+    check(tokenizer_ != nullptr, ErrorKind::kInput, "{}: no tokenizer.json, but task {} is text", recipe_.model,
+          task.name);
+    data_.test = read_records(task.test, {}, nullptr);
+  }
+  return data_;
+}
+
+std::string Stages::statistics_key(size_t task) {
+  const CalibrateOptions& c = recipe_.calibrate;
+  return key_of({{"stage", "calibrate"},
+                 {"model", fingerprint_},
+                 {"data", data(task).train_hash},
+                 {"tokens", c.tokens},
+                 {"length", c.length},
+                 {"sample", {c.sample_tokens, c.sample_length}},
+                 {"seed", c.seed}});
+}
+
+void Stages::calibrate(size_t t) {
+  const fs::path file = task_directory(t) / "statistics.safetensors", key_file = task_directory(t) / "statistics.key";
+  fs::create_directories(task_directory(t));
+  const std::string key = statistics_key(t);
+  if (is_done(key_file, key) && fs::exists(file)) return;
+  if (original_ == nullptr) original_ = load_model(recipe_.model, source_dtype());
+  CalibrateOptions options = recipe_.calibrate;
+  options.length = std::min(options.length, config_.max_position_embeddings);
+  const CalibrationSet set = calibration_set(data(t).train, options);
+  const Statistics statistics = lightmoe::calibrate(*original_, set, fingerprint_, options);
+  save_statistics(statistics, file);
+  write_file_atomically(key_file, key + "\n");
+  int64_t starved = 0;
+  for (const auto& slots : starved_slots(statistics)) starved += static_cast<int64_t>(slots.size());
+  say(fmt::format("{}: calibrated on {} tokens, {} of {} experts without any", recipe_.tasks[t].name, set.tokens,
+                  starved, config_.num_layers * config_.num_experts));
+}
+
+std::string Stages::compress(const RunPlan& plan, const fs::path& directory) {
+  const RecipeMethod& method = recipe_.methods[plan.method];
+  CompressJob job{
+      .model = recipe_.model, .output = directory / "compressed", .method = method.method, .options = method.options};
+  job.options.budget.value = plan.ratio;
+  job.options.seed = static_cast<uint64_t>(plan.seed);
+  job.force = true;
+  Json key = {
+      {"stage", "compress"}, {"model", fingerprint_}, {"method", method.method}, {"options", to_json(job.options)}};
+  if (find_method(method.method).compresses) {
+    job.statistics = task_directory(plan.task) / "statistics.safetensors";
+    key["statistics"] = statistics_key(plan.task);
+  }
+  const std::string text = key_of(key);
+  if (!is_done(directory / "compressed.key", text) || !is_complete(job.output, false)) {
+    compress_model(job);
+    write_file_atomically(directory / "compressed.key", text + "\n");
+  }
+  return text;
+}
+
+std::string Stages::recover(const RunPlan& plan, const fs::path& directory, const std::string& compress_key) {
+  const RecipeTraining t = training_of(plan);
+  const TaskData& task = data(plan.task);
+  const std::string key = key_of({{"stage", "recover"},
+                                  {"compressed", compress_key},
+                                  {"training", to_json(t)},
+                                  {"train", task.train_hash},
+                                  {"validation", task.validation_hash},
+                                  {"seed", plan.seed},
+                                  {"dtype", name_of(saved_dtype())}});
+  if (is_done(directory / "model.key", key) && is_complete(directory / "model", false)) return key;
+  // What another setting left here would be refused, not continued: it goes. The same setting, stopped, is continued.
+  if (!is_done(directory / "training.key", key)) {
+    fs::remove_all(directory / "checkpoints");
+    write_file_atomically(directory / "training.key", key + "\n");
+  }
+  if (!fs::exists(directory / "checkpoints")) fs::remove(directory / "train.log.jsonl");
+  if (!train_back(plan, directory, t)) return "";
+  write_file_atomically(directory / "model.key", key + "\n");
+  fs::remove_all(directory / "checkpoints");
+  return key;
+}
+
+bool Stages::train_back(const RunPlan& plan, const fs::path& directory, const RecipeTraining& t) {
+  const TaskData& task = data(plan.task);
+  const Method& method = find_method(recipe_.methods[plan.method].method);
+  DataStream stream(task.train, {.rows = t.rows,
+                                 .length = t.length,
+                                 .pack = t.pack,
+                                 .seed = static_cast<uint64_t>(plan.seed),
+                                 .pad_id = static_cast<int32_t>(config_.pad_token_id.value_or(0)),
+                                 .vocab_size = config_.vocab_size});
+  // A direct method stays one, whatever [train] says about annealing.
+  const double eps = method.anneal == 0 ? 0 : t.anneal.value_or(method.anneal);
+  OutputDirectory output(directory / "model", true, {fs::path(recipe_.model)});
+  Recovery recovery(
+      directory / "compressed", recipe_.model, t.steps,
+      {.annealing = Annealing{.eps = eps, .shape = parse_anneal_shape(t.anneal_shape), .gamma = t.anneal_gamma},
+       .merge = t.merge});
+  TrainerOptions options = trainer_options(t, directory);
+  options.fingerprint = recovery.fingerprint();
+  TrainerHooks hooks = recovery.hooks(saved_dtype());
+  hooks.save_model = nullptr;
+  if (!task.validation.empty()) {
+    hooks.evaluate = [&](int64_t) {
+      const EvalResult found = evaluate_documents(recovery.model(), task.validation, {.batch = recipe_.eval_batch});
+      return EvalPoint{.loss = found.value("loss")};
+    };
+    if (options.eval_every == 0) options.eval_every = t.steps;
+  }
+  reset_peak_memory();
+  TrainableOlmoe trainable(recovery.model());
+  const TrainResult trained = train(trainable, stream, options, hooks);
+  if (trained.stopped_by_signal != 0) {
+    stopped_by_ = exit_code_of(trained, false);
+    return false;
+  }
+  const Json summary = {{"steps", trained.steps_done},
+                        {"loss", trained.loss},
+                        {"seconds", trained.seconds},
+                        {"tokens", trained.tokens},
+                        {"validation_loss", trained.eval_loss ? Json(*trained.eval_loss) : Json(nullptr)},
+                        {"peak_bytes", memory_use_total().peak_bytes}};
+  recovery.finish();
+  recovery.save(output.path(), saved_dtype(), summary);
+  output.commit();
+  return true;
+}
+
+RecipeTraining Stages::training_of(const RunPlan& plan) const {
+  RecipeTraining t = recipe_.methods[plan.method].training;
+  const RecipeTask& task = recipe_.tasks[plan.task];
+  t.steps = std::max<int64_t>(1, std::llround(static_cast<double>(t.steps) * task.steps_scale));
+  t.lr *= task.lr_scale;
+  return t;
+}
+
+TrainerOptions Stages::trainer_options(const RecipeTraining& t, const fs::path& directory) const {
+  TrainerOptions o;
+  o.steps = t.steps;
+  o.accumulate = t.accumulate;
+  o.schedule = {.kind = parse_schedule_kind(t.schedule),
+                .peak_lr = t.lr,
+                .total_steps = t.steps,
+                .warmup_steps = parse_warmup(t.warmup, t.steps),
+                .min_ratio = t.min_lr_ratio};
+  o.schedule.check_valid();
+  o.optimizer = {.beta1 = t.beta1,
+                 .beta2 = t.beta2,
+                 .weight_decay = t.weight_decay,
+                 .clip_norm = t.clip,
+                 .rule = no_decay_for_vectors};
+  o.aux_coef = t.aux_coef;
+  o.recompute = t.recompute;
+  o.eval_every = t.eval_every;
+  o.checkpoint = {.directory = directory / "checkpoints",
+                  .save_every = t.save_every,
+                  .keep = 1,
+                  .save_best = false,
+                  .resume = "auto",
+                  .overwrite = true};
+  o.progress = {.quiet = true, .print_every = 1 << 30, .log_file = directory / "train.log.jsonl"};
+  return o;
+}
+
+void Stages::fill_training(const fs::path& directory, RunResult& result) const {
+  const CompressionRecord record = read_record(directory / "model");
+  for (const LayerPlan& layer : record.plan.layers) result.replaced.push_back(layer.replaced);
+  result.trainable = record.trainable_parameters;
+  result.rank = record.rank;
+  const Json recovery = read_json_file((directory / "model" / kRecordFile).string())["recovery"];
+  result.steps = recovery.value("steps", int64_t{0});
+  result.train_seconds = recovery.value("seconds", 0.0);
+  result.trained_tokens = recovery.value("tokens", int64_t{0});
+  result.peak_bytes = recovery.value("peak_bytes", int64_t{0});
+  if (recovery["validation_loss"].is_number()) result.validation_loss = recovery["validation_loss"].get<double>();
+  read_curve(directory / "train.log.jsonl", result);
+}
+
+void Stages::fill_evaluation(const RunPlan& plan, const fs::path& directory, RunResult& result) {
+  const RecipeTask& task = recipe_.tasks[plan.task];
+  const TaskData& files = data(plan.task);
+  const int64_t before = memory_use(MemoryCategory::kWeights).live_bytes;
+  const std::unique_ptr<Olmoe> model = load_model(directory, source_dtype());
+  result.live_bytes = memory_use(MemoryCategory::kWeights).live_bytes - before;
+  result.parameters = model->num_parameters();
+  result.original_parameters = model_size(config_).total();
+  result.file_bytes = Checkpoint(directory).total_bytes();
+  EvalOptions options{.metric = parse_eval_metric(task.metric),
+                      .batch = recipe_.eval_batch,
+                      .limit = recipe_.eval_limit,
+                      .max_new_tokens = recipe_.eval_max_new_tokens};
+  const auto add = [&](const EvalResult& found) {
+    for (const MetricValue& m : found.metrics) result.metrics[m.name] = {m.value, m.std_error, m.higher_is_better};
+    result.test_records = found.records;
+  };
+  if (!files.test_ids.empty()) {
+    const EvalResult found = evaluate_tokens(*model, files.test_ids, options);
+    add(found);
+    result.main_metric = found.main().name;
+  } else {
+    const EvalResult found = lightmoe::evaluate(*model, *tokenizer_, files.test, options);
+    add(found);
+    result.main_metric = found.main().name;
+    options.metric = EvalMetric::kLoss;
+    if (found.metric == EvalMetric::kExactMatch) add(lightmoe::evaluate(*model, *tokenizer_, files.test, options));
+  }
+  if (!recipe_.measure_speed) return;
+  const Speed speed = measure_speed(*model);
+  result.prefill_tokens_per_second = speed.prefill_tokens_per_second;
+  result.decode_tokens_per_second = speed.decode_tokens_per_second;
+}
+
+bool Stages::run(const RunPlan& plan, const std::string& position) {
+  const RecipeMethod& method = recipe_.methods[plan.method];
+  const RecipeTask& task = recipe_.tasks[plan.task];
+  const fs::path directory = fs::path(recipe_.output) / plan.directory;
+  fs::create_directories(directory);
+  const bool trains = find_method(method.method).trainable != Trainable::kNothing;
+  std::string key = fingerprint_;
+  if (trains) {
+    key = recover(plan, directory, compress(plan, directory));
+    if (key.empty()) return false;
+  }
+  RunResult result{.task = task.name, .method = method.name, .ratio = plan.ratio, .seed = plan.seed};
+  result.key = key_of({{"stage", "evaluate"},
+                       {"model", key},
+                       {"test", data(plan.task).test_hash},
+                       {"metric", task.metric},
+                       {"limit", recipe_.eval_limit},
+                       {"new_tokens", recipe_.eval_max_new_tokens},
+                       {"speed", recipe_.measure_speed}});
+  const fs::path file = directory / "result.json";
+  if (fs::exists(file) && read_json_file(file.string()).value("key", "") == result.key) return true;
+  if (trains) fill_training(directory, result);
+  fill_evaluation(plan, trains ? directory / "model" : fs::path(recipe_.model), result);
+  write_file_atomically(file, to_json(result).dump(1) + "\n");
+  std::string line = fmt::format("[{}] {}: {} {:.4g}, {}", position, plan.directory, result.main_metric,
+                                 result.quality(), human_bytes(result.file_bytes));
+  if (trains) line += fmt::format(", {} steps in {:.0f} s", result.steps, result.train_seconds);
+  say(line);
+  return true;
+}
+
+}  // namespace lightmoe
