@@ -103,6 +103,12 @@ std::string cell_text(const ReportTask* task, const ReportCell& cell) {
   return text;
 }
 
+std::vector<ReportRow> report_rows(const Report& report, const std::vector<std::pair<std::string, double>>& keys) {
+  std::vector<ReportRow> rows;
+  for (const auto& [method, ratio] : keys) rows.push_back(row_of(report, method, ratio));
+  return rows;
+}
+
 Report make_report(const Recipe& recipe, std::vector<RunResult> results) {
   const OlmoeConfig config = read_config(recipe.model);
   const ModelSize size = model_size(config);
@@ -124,7 +130,7 @@ Report make_report(const Recipe& recipe, std::vector<RunResult> results) {
       keys.emplace_back(method.name, ratio);
   }
   std::stable_sort(keys.begin(), keys.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
-  for (const auto& [method, ratio] : keys) report.rows.push_back(row_of(report, method, ratio));
+  report.rows = report_rows(report, keys);
   return report;
 }
 

@@ -47,6 +47,8 @@ struct Report {
   std::vector<std::string> method_order;
 };
 
+// One row per (method, ratio), averaged over report.runs.
+std::vector<ReportRow> report_rows(const Report& report, const std::vector<std::pair<std::string, double>>& keys);
 // results in the order of list_runs.
 Report make_report(const Recipe& recipe, std::vector<RunResult> results);
 std::string to_markdown(const Report& report);

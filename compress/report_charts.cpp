@@ -129,11 +129,15 @@ std::string quality_chart(const Report& report, const ReportTask* task, double w
   const double least = scale == 100 ? 2 : .02 * std::abs(y_high) + 1e-9, span = std::max(y_high - y_low, least);
   const double y_pad = .1 * span + (span - (y_high - y_low)) / 2,
                x_pad = std::max(.06 * (x_high - x_low), .02 * x_high);
+  const bool percent = scale == 100;
   const std::string name = task == nullptr ? "average of all tasks" : task->title;
   Svg svg(width, height, fmt::format("{}: quality against size", name));
   Frame f;
   f.x = {.low = x_low - x_pad, .high = x_high + x_pad, .from = f.left, .to = width - f.right};
-  f.y = {.low = y_low - y_pad, .high = y_high + y_pad, .from = height - f.bottom, .to = f.top};
+  f.y = {.low = percent ? std::max(y_low - y_pad, -1.) : y_low - y_pad,
+         .high = percent ? std::min(y_high + y_pad, 101.) : y_high + y_pad,
+         .from = height - f.bottom,
+         .to = f.top};
   const std::vector<double> ys = nice_ticks(f.y.low, f.y.high, 5);
   const double y_step = ys.size() > 1 ? ys[1] - ys[0] : 1;
   draw_axes(

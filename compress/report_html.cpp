@@ -240,8 +240,9 @@ std::string training_section(const Report& report) {
   if (charts.empty()) return "";
   return fmt::format(
              "<h2>Training, {} removed</h2>\n<p class=\"soft\">Loss on the training batches (sliding mean, "
-             "logarithmic), first seed. Replacing at once starts with a jump; the annealed run "
-             "starts as the original model and hands over to the bases while β falls to 0.</p>\n",
+             "logarithmic), first seed. β is the share of the original "
+             "experts in an annealed run: 1 at the first step, which is the original model, and 0 from the dashed line "
+             "on, where they leave memory.</p>\n",
              ratio_text(ratio)) +
          legend(report, report.method_order) + "<div class=\"grid2\">\n" + charts + "</div>\n";
 }

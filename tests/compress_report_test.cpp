@@ -1,0 +1,144 @@
+// The report's numbers from runs made up here, and the drawing underneath it.
+
+#include "compress/report.h"
+
+#include <gtest/gtest.h>
+
+#include "compress/report_charts.h"
+#include "compress/svg.h"
+
+namespace lightmoe {
+namespace {
+
+RunResult run(const std::string& task, const std::string& method, double ratio, int64_t seed, double score,
+              double bytes) {
+  RunResult r{.task = task, .method = method, .ratio = ratio, .seed = seed};
+  r.main_metric = "exact_match";
+  r.metrics["exact_match"] = {score, .01, true};
+  r.metrics["loss"] = {1 - score, std::nullopt, false};
+  r.file_bytes = static_cast<int64_t>(bytes);
+  r.parameters = r.file_bytes / 2;
+  r.replaced = {{0, 2}, {1}};
+  r.curve = {{1, 2.0, 1.0, 900}, {2, 1.5, .5, 900}, {3, 1.0, 0, 400}};
+  return r;
+}
+
+// Two tasks, two methods, two seeds for the compressed one. Built by hand: make_report needs a model on disk.
+Report small_report() {
+  Report report{
+      .title = "A & B <test>", .model = "m", .version = "v", .recipe_file = "r.toml", .recipe_text = "x = \"<y>\""};
+  report.original_parameters = 5000, report.original_bytes = 10000, report.num_layers = 2, report.num_slots = 4;
+  report.method_order = {"original", "lightmoe"};
+  for (const char* name : {"math", "code"}) {
+    report.tasks.push_back({.name = name, .title = name, .metric = "exact_match", .share = true, .test_records = 10});
+    report.tasks.back().gate_scores = {{.1, .4, .2, .3}, {.25, .25, .25, .25}};
+    report.runs.push_back(run(name, "original", 0, 0, .9, 10000));
+    report.runs.push_back(run(name, "lightmoe", .5, 1, .8, 5000));
+    report.runs.push_back(run(name, "lightmoe", .5, 2, .7, 5200));
+  }
+  report.rows = report_rows(report, {{"original", 0}, {"lightmoe", .5}});
+  return report;
+}
+
+TEST(Report, AveragesOverSeedsAndTasks) {
+  const Report report = small_report();
+  ASSERT_EQ(report.rows.size(), 2u);
+  const ReportRow& row = report.rows[1];
+  EXPECT_NEAR(row.cells[0].mean, .75, 1e-12);
+  EXPECT_NEAR(*row.cells[0].deviation, std::sqrt(.005), 1e-12);  // of .8 and .7, n - 1
+  EXPECT_NEAR(*row.cells[0].loss, .25, 1e-12);
+  EXPECT_NEAR(row.average->mean, .75, 1e-12);
+  EXPECT_EQ(row.file_bytes, 5100);
+  EXPECT_FALSE(report.rows[0].cells[0].deviation.has_value());
+  EXPECT_EQ(cell_text(&report.tasks[0], row.cells[0]), "75.0 ± 7.1");
+}
+
+TEST(Report, MarkdownHasARowForEveryMethodAndRatio) {
+  const std::string text = to_markdown(small_report());
+  EXPECT_NE(text.find("| - | original | 90.0 | 90.0 | 90.0 | 5.0 k | 0.01 MiB | - | - |"), std::string::npos) << text;
+  EXPECT_NE(text.find("| 50 % | lightmoe | 75.0 ± 7.1 | 75.0 ± 7.1 | 75.0 ± 7.1 |"), std::string::npos) << text;
+}
+
+TEST(Report, JsonRoundTripsTheRuns) {
+  const Json json = Json::parse(to_json(small_report()).dump());
+  EXPECT_EQ(json["rows"].size(), 2u);
+  EXPECT_NEAR(json["rows"][1]["tasks"]["math"]["mean"].get<double>(), .75, 1e-12);
+  const RunResult original = run("math", "lightmoe", .5, 1, .8, 5000);
+  const RunResult again = result_from_json(Json::parse(to_json(original).dump()), "r");
+  EXPECT_EQ(to_json(again).dump(), to_json(original).dump());
+  EXPECT_THROW(result_from_json(Json{{"task", 3}}, "r"), Error);
+}
+
+int count(const std::string& text, const std::string& piece) {
+  int n = 0;
+  for (size_t at = text.find(piece); at != std::string::npos; at = text.find(piece, at + 1)) ++n;
+  return n;
+}
+
+TEST(Report, PageStandsAlone) {
+  const std::string html = to_html(small_report());
+  EXPECT_NE(html.find("<title>A &amp; B &lt;test&gt;</title>"), std::string::npos);
+  EXPECT_EQ(html.find("<script"), std::string::npos);
+  EXPECT_EQ(count(html, "http"), count(html, "http://www.w3.org/2000/svg"));  // no network
+  EXPECT_EQ(html.find("url("), std::string::npos);
+  EXPECT_EQ(html.find("src="), std::string::npos);
+  EXPECT_EQ(count(html, "<svg"), count(html, "</svg>"));
+  EXPECT_NE(html.find("x = &quot;&lt;y&gt;&quot;"), std::string::npos);
+  EXPECT_EQ(html.find("nan"), std::string::npos);
+}
+
+TEST(Report, HeatMapMarksReplacedSlots) {
+  const Report report = small_report();
+  const std::string svg = gate_heat_map(report, report.tasks[0], "lightmoe");
+  EXPECT_EQ(count(svg, "class=\"cell\""), 8);
+  EXPECT_EQ(count(svg, "<circle"), 3);  // slots 0 and 2 of layer 0, 1 of layer 1
+  EXPECT_NE(svg.find("layer 0, expert 1: 40.00 % of the gate mass<"), std::string::npos);
+  EXPECT_NE(svg.find("layer 0, expert 2: 20.00 % of the gate mass, replaced at 50 %"), std::string::npos);
+  EXPECT_NE(svg.find("2 replaced"), std::string::npos);
+}
+
+TEST(Report, ChartsSurviveOddNumbers) {
+  Report report = small_report();
+  for (RunResult& r : report.runs) {
+    r.metrics["exact_match"].value = 0;
+    for (TrainedStep& s : r.curve) s.loss = 0;
+  }
+  report.rows = report_rows(report, {{"original", 0}, {"lightmoe", .5}});
+  const std::string html = to_html(report);
+  EXPECT_EQ(html.find("nan"), std::string::npos);
+  EXPECT_EQ(html.find("inf"), std::string::npos);
+  report.runs.clear();
+  report.rows = report_rows(report, {{"original", 0}, {"lightmoe", .5}});
+  EXPECT_EQ(to_html(report).find("nan"), std::string::npos);
+}
+
+TEST(Svg, Ticks) {
+  EXPECT_EQ(nice_ticks(0, 10, 5), (std::vector<double>{0, 2, 4, 6, 8, 10}));
+  EXPECT_EQ(nice_ticks(39.2, 42.9, 4), (std::vector<double>{40, 41, 42}));
+  EXPECT_EQ(nice_ticks(3, 3, 4), (std::vector<double>{3}));
+  EXPECT_EQ(tick_text(0.30000000000000004, .1), "0.3");
+  EXPECT_EQ(tick_text(-0.0, .5), "0");
+  EXPECT_EQ(tick_text(1200, 100), "1200");
+  const std::vector<double> ticks = log_ticks(.08, 3);
+  ASSERT_EQ(ticks.size(), 5u);  // .1 .2 .5 1 2
+  EXPECT_NEAR(ticks[1], .2, 1e-12);
+  const SvgScale scale{.low = 1, .high = 100, .from = 0, .to = 10, .logarithmic = true};
+  EXPECT_NEAR(scale(10), 5, 1e-12);
+}
+
+TEST(Svg, EscapesAndNests) {
+  Svg svg(10, 10, "a<b");
+  svg.rect(1, 2, 3.456, 4, "class=\"x\"");
+  svg.tooltip("\"q\" & more");
+  svg.text(0, 0, "<&>", "start");
+  const std::string text = svg.str();
+  EXPECT_NE(text.find("<title>a&lt;b</title>"), std::string::npos);
+  EXPECT_NE(text.find("<rect x=\"1\" y=\"2\" width=\"3.46\" height=\"4\" class=\"x\"><title>&quot;q&quot; &amp; "
+                      "more</title></rect>"),
+            std::string::npos)
+      << text;
+  EXPECT_NE(text.find("&lt;&amp;&gt;</text>"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace lightmoe

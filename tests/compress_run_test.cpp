@@ -1,0 +1,127 @@
+// Recipes: keys, nearest match, and a run of two methods on a golden model that is skipped where it is done.
+
+#include <gtest/gtest.h>
+
+#include "compress/report.h"
+#include "compress/runner.h"
+#include "compress/weights.h"
+#include "loaders/output.h"
+#include "tests/support/files.h"
+
+namespace lightmoe {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::fails_with;
+using testing::put_file;
+using testing::TempDir;
+
+std::string recipe_text(const fs::path& output, const std::string& extra = "", const std::string& train = "steps = 2") {
+  return "[recipe]\nmodel = \"tests/golden/e64k8\"\noutput = \"" + output.string() +
+         "\"\nmethods = [\"original\", \"lora\", \"lightmoe\"]\nratios = [0.3, 0.5]\nspeed = false\n" + extra +
+         "\n[compress]\nrank = 2\n[train]\nrows = 1\nlength = 40\nlr = 1e-3\n" + train +
+         "\n[method.lora]\nlr_scale = 0.5\n[short]\nratios = [0.5]\nsteps_scale = 0.5\n"
+         "[[task]]\nname = \"ids\"\ntrain = \"tests/golden/e64k8/golden.safetensors\"\n"
+         "test = \"tests/golden/e64k8/golden.safetensors\"\nlr_scale = 2\n";
+}
+
+Recipe recipe_of(const TempDir& where, const std::string& text, bool short_form = false) {
+  put_file(where / "recipe.toml", text);
+  return read_recipe((where / "recipe.toml").string(), short_form);
+}
+
+TEST(Recipe, ReadsMethodsRatiosAndScales) {
+  const TempDir where;
+  const Recipe recipe = recipe_of(where, recipe_text(where / "out"));
+  ASSERT_EQ(recipe.methods.size(), 3u);
+  EXPECT_TRUE(recipe.methods[1].ratios.empty());
+  EXPECT_DOUBLE_EQ(recipe.methods[1].training.lr, 5e-4);
+  EXPECT_EQ(recipe.methods[2].ratios, (std::vector<double>{.3, .5}));
+  EXPECT_EQ(recipe.methods[2].options.rank, 2);
+  EXPECT_EQ(recipe.methods[2].training.steps, 2);
+  EXPECT_EQ(list_runs(recipe).size(), 4u);
+  EXPECT_EQ(list_runs(recipe)[3].directory, "ids/lightmoe-r50-s1");
+  const Recipe brief = recipe_of(where, recipe_text(where / "out"), true);
+  EXPECT_EQ(brief.methods[2].ratios, (std::vector<double>{.5}));
+  EXPECT_EQ(brief.methods[2].training.steps, 1);
+}
+
+TEST(Recipe, UnknownKeysAreErrorsWithTheNearest) {
+  const TempDir where;
+  const auto refused = [&](const std::string& from, const std::string& to, const std::vector<std::string>& pieces) {
+    std::string text = recipe_text(where / "out");
+    text.replace(text.find(from), from.size(), to);
+    EXPECT_TRUE(fails_with(ErrorKind::kUsage, pieces, [&] { recipe_of(where, text); })) << to;
+  };
+  refused("ratios = [0.3", "ratois = [0.3", {"recipe.toml:5: recipe.ratois: unknown key", "did you mean ratios?"});
+  refused("steps = 2", "setps = 2", {"train.setps", "did you mean steps?"});
+  refused("steps = 2", "steps = \"two\"", {"train.steps: expected an integer"});
+  refused("steps = 2", "steps = 0", {"must be positive"});
+  refused("lr_scale = 0.5", "lr_skale = 0.5", {"method.lora.lr_skale", "did you mean lr_scale?"});
+  refused("\"lora\", \"lightmoe\"", "\"lora\", \"lihgtmoe\"",
+          {"unknown method \"lihgtmoe\"", "did you mean lightmoe?"});
+  refused("[0.3, 0.5]", "[0.3, 1.5]", {"1.5 is not from 0 to less than 1"});
+  refused("name = \"ids\"", "nmae = \"ids\"", {"task.name: is missing"});
+  refused("name = \"ids\"", "name = \"../ids\"", {"becomes a directory"});
+  refused("[compress]", "[comperss]", {"comperss: unknown key", "did you mean compress?"});
+  refused("[recipe]", "[recipe", {"recipe.toml:1"});
+}
+
+TEST(Recipe, MissingFilesAndImpossibleBudgetsAreRefusedBeforeAnyWork) {
+  const TempDir where;
+  std::string text = recipe_text(where / "out");
+  text.replace(text.find("test = \"tests/golden"), 20, "test = \"tests/silver");
+  EXPECT_TRUE(
+      fails_with(ErrorKind::kUsage, {"task ids: no file tests/silver"}, [&] { describe(recipe_of(where, text)); }));
+  text = recipe_text(where / "out");
+  text.replace(text.find("[0.3, 0.5]"), 10, "[0.99]");
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"is impossible"}, [&] { run_calibration(recipe_of(where, text), {}); }));
+  EXPECT_FALSE(fs::exists(where / "out"));
+}
+
+TEST(Run, DoesEveryStageOnceAndReports) {
+  const TempDir where;
+  std::vector<std::string> said;
+  const auto go = [&](const std::string& text) {
+    const Recipe recipe = recipe_of(where, text);
+    said.clear();
+    RunnerOptions options{.say = [&](const std::string& line) { said.push_back(line); }};
+    run_calibration(recipe, options);
+    EXPECT_TRUE(run_stages(recipe, options, nullptr));
+    return make_report(recipe, load_results(recipe));
+  };
+  const Report report = go(recipe_text(where / "out"));
+  EXPECT_EQ(said.size(), 5u);  // calibration and four runs
+  ASSERT_EQ(report.rows.size(), 4u);
+  EXPECT_EQ(report.tasks[0].metric, "perplexity");
+  EXPECT_FALSE(report.tasks[0].higher_is_better);
+  EXPECT_LE(report.rows[3].parameters, .5 * 451520);
+  EXPECT_EQ(report.rows[3].file_bytes, report.rows[3].live_bytes);
+  EXPECT_EQ(report.runs[3].curve.size(), 2u);
+  EXPECT_EQ(report.runs[3].curve[0].beta, 1);
+  EXPECT_EQ(report.runs[3].replaced.size(), 2u);
+  EXPECT_EQ(report.tasks[0].gate_scores.size(), 2u);
+  write_report(report, where / "out");
+  for (const char* file : {"report.html", "report.md", "report.json"}) EXPECT_TRUE(fs::exists(where / "out" / file));
+
+  go(recipe_text(where / "out"));
+  EXPECT_TRUE(said.empty());  // nothing left to do
+  fs::remove(where / "out" / "ids" / "lightmoe-r50-s1" / "result.json");
+  go(recipe_text(where / "out"));
+  EXPECT_EQ(said.size(), 1u);  // evaluated again, not trained again
+  EXPECT_EQ(load_results(recipe_of(where, recipe_text(where / "out")))[3].steps, 2);
+  go(recipe_text(where / "out", "", "steps = 3"));
+  EXPECT_EQ(said.size(), 3u);  // the three trained ones; calibration and the original stand
+}
+
+// Two workers' shares together are all runs.
+TEST(Run, WorkersShareTheRuns) {
+  const TempDir where;
+  const Recipe recipe = recipe_of(where, recipe_text(where / "out"));
+  run_calibration(recipe, {});
+  for (int64_t worker : {0, 1}) EXPECT_TRUE(run_stages(recipe, {.worker = worker, .workers = 2}, nullptr));
+  EXPECT_EQ(load_results(recipe).size(), 4u);
+}
+
+}  // namespace
+}  // namespace lightmoe
