@@ -12,11 +12,17 @@
 namespace lightmoe::native {
 namespace {
 
-constexpr int64_t kBlockSteps = 512;      // of k: a panel of A and one of B stream from the second-level cache
-constexpr int64_t kBlockPanels = 14;      // of A: they stay in the second-level cache
+#ifndef KC
+#define KC 512
+#define CT 1
+#define CN 4
+#define TR 392
+#define TC 512
+#endif
+constexpr int64_t kBlockSteps = KC, kChunkT = CT, kChunkN = CN;
 constexpr int64_t kSerialFlop = 1 << 20;  // a product under this is not worth waking threads
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kTaskSizes[][2] = {{448, 512}, {448, 256}, {224, 256}, {112, 256}, {112, 128}, {56, 64}};
+constexpr int64_t kTaskSizes[][2] = {{TR, TC}, {TR / 2, TC}, {TR / 2, TC / 2}, {112, 256}, {112, 128}, {56, 64}};
 
 struct Task {  // rows and columns of C of one problem
   const GemmProblem* problem;
@@ -26,21 +32,13 @@ struct Task {  // rows and columns of C of one problem
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Rows of a task in panels of nearly equal height, at most kMaxRows.
-struct RowPanels {
-  int64_t rows, count;
-  explicit RowPanels(int64_t rows) : rows(rows), count(pieces_of(rows, kMaxRows)) {}
-  int64_t begin(int64_t i) const { return rows * i / count; }
-  int height(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
-};
-
 // Packed A and B of one block of k, and the sums: of the whole task when k takes several blocks, else of a tile.
 struct Workspace {
   std::shared_ptr<Buffer> memory;
   uint32_t *a, *b;
   float* sums;
   Workspace(int64_t a_dwords, int64_t b_dwords, int64_t num_sums) {
-    a_dwords = round_up(a_dwords + kLanes, 16), b_dwords = round_up(b_dwords, 16);
+    a_dwords = round_up(a_dwords + kLanes, 16), b_dwords = round_up(b_dwords + kLanes, 16);
     memory = Buffer::allocate(static_cast<size_t>(a_dwords + b_dwords + num_sums) * 4, DeviceKind::kCpu,
                               MemoryCategory::kScratch);
     a = static_cast<uint32_t*>(memory->data()), b = a + a_dwords;
@@ -51,71 +49,55 @@ struct Workspace {
 class BlockedTask {
  public:
   BlockedTask(const Task& task, const GemmProblems& all)
-      : task_(task),
-        p_(*task.problem),
+      : p_(*task.problem),
         compute_(all.compute),
-        panels_(task.rows),
-        columns_(round_up(task.columns, kLanes)),
+        rows_(task.row, task.rows, 1, kMaxRows),
+        columns_(task.column, task.columns, kLanes, kMaxVectors),
         steps_(steps_of(all.compute, p_.k)),
         block_steps_(std::min(steps_, kBlockSteps)),
         one_block_(steps_ <= kBlockSteps),
-        space_(std::min(task.rows, kBlockPanels * kMaxRows) * block_steps_, columns_ * block_steps_,
-               one_block_ ? kMaxRows * kColumns : task.rows * columns_),
+        chunk_panels_(p_.b.transposed ? kChunkT : kChunkN),
+        space_(task.rows * block_steps_, chunk_panels_ * kColumns * block_steps_,
+               one_block_ ? kMaxRows * kColumns : task.rows * columns_.padded()),
         out_{p_.c, p_.c_dtype, p_.c_stride, static_cast<float>(all.alpha), static_cast<float>(all.beta)} {}
 
   void run() {
     for (int64_t step = 0; step == 0 || step < steps_; step += kBlockSteps) {
       const int64_t k_begin = step * k_per_step(compute_);
       const int64_t k_end = std::min(p_.k, (step + kBlockSteps) * k_per_step(compute_));
-      pack_b(k_begin, k_end);
-      for (int64_t panel = 0; panel < panels_.count; panel += kBlockPanels) {
-        const int64_t end = std::min(panel + kBlockPanels, panels_.count);
-        pack_a(panel, end, k_begin, k_end);
-        multiply(panel, end, std::min(kBlockSteps, steps_ - step), step == 0, step + kBlockSteps >= steps_);
+      pack(panels_of_a(p_, compute_), rows_, 0, rows_.count, k_begin, k_end, block_steps_, space_.a);
+      for (int64_t j = 0; j < columns_.count; j += chunk_panels_) {
+        const int64_t end = std::min(j + chunk_panels_, columns_.count);
+        pack(panels_of_b(p_, compute_), columns_, j, end, k_begin, k_end, block_steps_, space_.b);
+        multiply(j, end, std::min(kBlockSteps, steps_ - step), step == 0, step + kBlockSteps >= steps_);
       }
     }
   }
 
  private:
-  void pack_b(int64_t k_begin, int64_t k_end) {
-    const PanelSource source = panels_of_b(p_, compute_);
-    for (int64_t j = 0; j < task_.columns; j += kColumns) {
-      const int count = static_cast<int>(std::min<int64_t>(kColumns, task_.columns - j));
-      const int width = static_cast<int>(std::min<int64_t>(kColumns, columns_ - j));
-      pack_panel(source, task_.column + j, count, width, k_begin, k_end, space_.b + j * block_steps_);
-    }
-  }
-  uint32_t* packed_a(int64_t first_panel, int64_t panel) {
-    return space_.a + (panels_.begin(panel) - panels_.begin(first_panel)) * block_steps_;
-  }
-  void pack_a(int64_t begin, int64_t end, int64_t k_begin, int64_t k_end) {
-    const PanelSource source = panels_of_a(p_, compute_);
-    for (int64_t i = begin; i < end; ++i) {
-      const int height = panels_.height(i);
-      pack_panel(source, task_.row + panels_.begin(i), height, height, k_begin, k_end, packed_a(begin, i));
-    }
-  }
   void multiply(int64_t begin, int64_t end, int64_t steps, bool first, bool last) {
-    for (int64_t j = 0; j < task_.columns; j += kColumns) {
-      const int width = static_cast<int>(std::min<int64_t>(kColumns, columns_ - j));
-      const int count = static_cast<int>(std::min<int64_t>(kColumns, task_.columns - j));
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = panels_.begin(i);
-        const int height = panels_.height(i);
-        float* sums = space_.sums + (one_block_ ? 0 : row * columns_ + j * height);
+    for (int64_t j = begin; j < end; ++j) {
+      const int width = columns_.width(j);
+      const uint32_t* b = space_.b + (columns_.begin(j) - columns_.begin(begin)) * block_steps_;
+      for (int64_t i = 0; i < rows_.count; ++i) {
+        const int height = rows_.width(i);
+        const uint32_t* a = space_.a + rows_.begin(i) * block_steps_;
+        float* sums = space_.sums + (one_block_ ? 0 : rows_.begin(i) * columns_.padded() + columns_.begin(j) * height);
         if (first) std::fill_n(sums, height * width, 0.0f);
-        tile_function(compute_, height, width / kLanes)(steps, packed_a(begin, i), space_.b + j * block_steps_, sums);
-        if (last) write_tile(out_, task_.row + row, task_.column + j, height, count, sums, width);
+        tile_function(compute_, height, width / kLanes)(steps, a, b, sums);
+        if (!last) continue;
+        write_tile(out_, rows_.first + rows_.begin(i), columns_.first + columns_.begin(j), height, columns_.lanes_in(j),
+                   sums, width);
       }
     }
   }
 
-  const Task task_;
   const GemmProblem& p_;
   const GemmCompute compute_;
-  const RowPanels panels_;
-  const int64_t columns_, steps_, block_steps_;  // columns with padding
+  const Panels rows_, columns_;
+  const int64_t steps_, block_steps_;
   const bool one_block_;
+  const int64_t chunk_panels_;
   Workspace space_;
   const TileOutput out_;
 };

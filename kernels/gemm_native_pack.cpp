@@ -37,59 +37,89 @@ template <class T, class Mode>
   return out;
 }
 
+struct PackArguments {
+  const GemmMatrix& matrix;
+  const Panels& panels;
+  int64_t panel_begin, panel_end, k_begin, k_end, steps;
+  uint32_t* to;
+  uint32_t* panel(int64_t i) const { return to + (panels.begin(i) - panels.begin(panel_begin)) * steps; }
+};
+
 // Lanes are stored rows: they are transposed block by block.
 template <class T, class Mode>
-void pack_rows(const GemmMatrix& x, int64_t lane, int count, int width, int64_t k_begin, int64_t k_end,
-               uint32_t* panel) {
+void pack_rows(const PackArguments& p) {
   constexpr int kFull = kBlock<T, Mode>;
-  for (int w = 0; w < width; w += kLanes) {
-    const T* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      rows[i] = static_cast<const T*>(x.data) + x.row_offset(lane + std::min(w + i, count - 1));
+  for (int64_t i = p.panel_begin; i < p.panel_end; ++i) {
+    const int width = p.panels.width(i), last = p.panels.lanes_in(i) - 1;
+    const int64_t first = p.panels.first + p.panels.begin(i);
+    for (int w = 0; w < width; w += kLanes) {
+      const T* rows[kLanes];
+      for (int l = 0; l < kLanes; ++l) {
+        rows[l] = static_cast<const T*>(p.matrix.data) + p.matrix.row_offset(first + std::min(w + l, last));
+      }
+      uint32_t* out = p.panel(i) + w;
+      int64_t k = p.k_begin;
+      for (; k + kFull <= p.k_end; k += kFull) out = pack_block<T, Mode>(rows, k, kFull, out, width);
+      if (k < p.k_end) pack_block<T, Mode>(rows, k, static_cast<int>(p.k_end - k), out, width);
     }
-    uint32_t* out = panel + w;
-    int64_t k = k_begin;
-    for (; k + kFull <= k_end; k += kFull) out = pack_block<T, Mode>(rows, k, kFull, out, width);
-    if (k < k_end) pack_block<T, Mode>(rows, k, static_cast<int>(k_end - k), out, width);
   }
 }
 
-// Lanes are stored columns: they are copied row by row.
+// `lanes` elements of one stored row (of two, in pairs; odd is null behind the last) to one step of a panel. Full vectors
+// are written where they stay within `room` dwords, the rest of the panel, whose later steps are written later.
 template <class T, class Mode>
-void pack_columns(const GemmMatrix& x, int64_t lane, int count, int width, int64_t k_begin, int64_t k_end,
-                  uint32_t* panel) {
-  const T* data = static_cast<const T*>(x.data) + lane;
-  for (int64_t k = k_begin; k < k_end; k += Mode::kPerStep, panel += width) {
-    const T* even = data + x.row_offset(k);
-    const T* odd = k + 1 < k_end ? data + x.row_offset(k + 1) : nullptr;
-    for (int w = 0; w < width; w += kLanes) {
-      const int n = std::clamp(count - w, 0, kLanes);
-      if constexpr (Mode::kPerStep == 1) {
-        store_vector(panel + w, n > 0 ? load_floats(even + w, n) : Floats{});
-      } else {
-        const Dwords low = n > 0 ? widened(load_words(even + w, n)) : Dwords{};
-        const Dwords high = n > 0 && odd != nullptr ? widened(load_words(odd + w, n)) : Dwords{};
-        store_vector(panel + w, low | high << 16);
+void pack_step(const T* even, const T* odd, int lanes, int64_t room, uint32_t* out) {
+  for (int w = 0; w < lanes; w += kLanes) {
+    const int n = std::min(lanes - w, kLanes);
+    Dwords step;
+    if constexpr (Mode::kPerStep == 1) {
+      step = as_dwords(load_floats(even + w, n));
+    } else {
+      const Dwords high = odd != nullptr ? widened(load_words(odd + w, n)) : Dwords{};
+      step = widened(load_words(even + w, n)) | high << 16;
+    }
+    if (w + kLanes <= room)
+      store_vector(out + w, step);
+    else
+      store_first(reinterpret_cast<float*>(out + w), as_floats(step), n);
+  }
+}
+
+// Lanes are stored columns: a few stored rows at a time, so that each is read along its length and each panel written
+// in long pieces.
+template <class T, class Mode>
+void pack_columns(const PackArguments& p) {
+  constexpr int64_t kStepsAtOnce = 8;
+  const T* data = static_cast<const T*>(p.matrix.data) + p.panels.first;
+  const int64_t steps = (p.k_end - p.k_begin + Mode::kPerStep - 1) / Mode::kPerStep;
+  for (int64_t s0 = 0; s0 < steps; s0 += kStepsAtOnce) {
+    const int64_t s1 = std::min(s0 + kStepsAtOnce, steps);
+    for (int64_t i = p.panel_begin; i < p.panel_end; ++i) {
+      const int width = p.panels.width(i), lanes = p.panels.lanes_in(i);
+      const T* column = data + p.panels.begin(i);
+      uint32_t* out = p.panel(i) + s0 * width;
+      for (int64_t s = s0; s < s1; ++s, out += width) {
+        const int64_t k = p.k_begin + s * Mode::kPerStep;
+        const T* odd = Mode::kPerStep == 2 && k + 1 < p.k_end ? column + p.matrix.row_offset(k + 1) : nullptr;
+        pack_step<T, Mode>(column + p.matrix.row_offset(k), odd, lanes, (steps - s) * width, out);
       }
     }
   }
 }
 
-template <class T, class Mode>
-void pack(const PanelSource& source, int64_t lane, int count, int width, int64_t k_begin, int64_t k_end,
-          uint32_t* panel) {
-  const auto function = source.lanes_are_rows ? &pack_rows<T, Mode> : &pack_columns<T, Mode>;
-  function(source.matrix, lane, count, width, k_begin, k_end, panel);
+template <class T>
+void pack_as(GemmCompute compute, bool lanes_are_rows, const PackArguments& p) {
+  if (compute == GemmCompute::kBF16) return lanes_are_rows ? pack_rows<T, InBF16>(p) : pack_columns<T, InBF16>(p);
+  lanes_are_rows ? pack_rows<T, InF32>(p) : pack_columns<T, InF32>(p);
 }
 
 }  // namespace
 
-void pack_panel(const PanelSource& source, int64_t lane, int count, int width, int64_t k_begin, int64_t k_end,
-                uint32_t* panel) {
-  const bool narrow = source.matrix.dtype == DType::kBF16;
-  const auto in_f32 = narrow ? &pack<bf16, InF32> : &pack<float, InF32>;
-  const auto in_bf16 = narrow ? &pack<bf16, InBF16> : &pack<float, InBF16>;
-  (source.compute == GemmCompute::kBF16 ? in_bf16 : in_f32)(source, lane, count, width, k_begin, k_end, panel);
+void pack(const PanelSource& source, const Panels& panels, int64_t panel_begin, int64_t panel_end, int64_t k_begin,
+          int64_t k_end, int64_t steps, uint32_t* to) {
+  const PackArguments arguments{source.matrix, panels, panel_begin, panel_end, k_begin, k_end, steps, to};
+  if (source.matrix.dtype == DType::kBF16) return pack_as<bf16>(source.compute, source.lanes_are_rows, arguments);
+  pack_as<float>(source.compute, source.lanes_are_rows, arguments);
 }
 
 }  // namespace lightmoe::native

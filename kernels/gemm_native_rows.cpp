@@ -87,8 +87,7 @@ void multiply_few_rows(const GemmProblem& p, const GemmProblems& all, int64_t be
   const int64_t dwords = p.m * steps_of(all.compute, p.k) + kLanes;
   const auto scratch = Buffer::allocate(static_cast<size_t>(dwords) * 4, DeviceKind::kCpu, MemoryCategory::kScratch);
   uint32_t* a = static_cast<uint32_t*>(scratch->data());
-  const int rows = static_cast<int>(p.m);
-  pack_panel(panels_of_a(p, all.compute), 0, rows, rows, 0, p.k, a);
+  pack(panels_of_a(p, all.compute), Panels(0, p.m, 1, kFewRows), 0, 1, 0, p.k, steps_of(all.compute, p.k), a);
   const TileOutput out{p.c, p.c_dtype, p.c_stride, static_cast<float>(all.alpha), static_cast<float>(all.beta)};
   const bool narrow = p.b.dtype == DType::kBF16, in_bf16 = all.compute == GemmCompute::kBF16;
   const Function in_f32_function = narrow ? function_of<bf16, InF32>(p.m) : function_of<float, InF32>(p.m);
