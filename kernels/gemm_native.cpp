@@ -12,17 +12,10 @@
 namespace lightmoe::native {
 namespace {
 
-#ifndef KC
-#define KC 512
-#define CT 1
-#define CN 4
-#define TR 392
-#define TC 512
-#endif
-constexpr int64_t kBlockSteps = KC, kChunkT = CT, kChunkN = CN;
+constexpr int64_t kBlockSteps = 512, kChunkT = 1, kChunkN = 4;
 constexpr int64_t kSerialFlop = 1 << 20;  // a product under this is not worth waking threads
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kTaskSizes[][2] = {{TR, TC}, {TR / 2, TC}, {TR / 2, TC / 2}, {112, 256}, {112, 128}, {56, 64}};
+constexpr int64_t kTaskSizes[][2] = {{392, 512}, {196, 512}, {196, 256}, {112, 256}, {112, 128}, {56, 64}};
 
 struct Task {  // rows and columns of C of one problem
   const GemmProblem* problem;
