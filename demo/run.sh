@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 make --no-print-directory build/demo-generate_data
 [ -f out/demo-data/.complete ] || { build/demo-generate_data out/demo-data && touch out/demo-data/.complete; }
 if [ -n "${SHORT:-}" ]; then
-  build/lightmoe run recipes/demo.toml --short
+  build/lightmoe run recipes/demo.toml --short --jobs 2
 else
-  build/lightmoe run recipes/demo.toml
+  build/lightmoe run recipes/demo.toml --jobs 2
 fi
