@@ -120,21 +120,21 @@ struct SignalCase {
 };
 
 TEST(TrainerFaults, SignalsSaveAndStop) {
-  for (const auto& [signal, code] : {SignalCase{SIGTERM, 143}, {SIGINT, 130}, {SIGHUP, 129}}) {
+  for (const SignalCase& test : {SignalCase{SIGTERM, 143}, {SIGINT, 130}, {SIGHUP, 129}}) {
     TempDir directory;
     TrainerOptions o = session_options(1000000, directory / "c");
     o.checkpoint.save_best = false;
     const int actual = exit_code_in_child([&] {
       struct sigaction action {};
       action.sa_handler = SIG_DFL;  // a test runner may ignore some
-      sigaction(signal, &action, nullptr);
+      sigaction(test.signal, &action, nullptr);
       Session run;
       run.model.during = [&] {
-        if (run.model.calls == 7) kill(getpid(), signal);  // in the middle of step 4 (two micro-batches a step)
+        if (run.model.calls == 7) kill(getpid(), test.signal);  // in the middle of step 4 (two micro-batches a step)
       };
       return exit_code_of(run(o), false);
     });
-    EXPECT_EQ(actual, code);
+    EXPECT_EQ(actual, test.code);
     EXPECT_TRUE(is_complete(step_directory(directory / "c", 4), true));
   }
 }
