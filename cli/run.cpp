@@ -1,7 +1,11 @@
+#include <signal.h>
 #include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
+#include <cerrno>
 #include <cstring>
 
 #include "cli/verb.h"
@@ -18,41 +22,63 @@ struct Options {
   int64_t jobs = 1;
 };
 
+// Read in a signal handler, so: plain numbers, set before the handler is.
+constexpr int64_t kMaxJobs = 64;
+std::array<volatile pid_t, kMaxJobs> workers{};
+
+void pass_on(int signal) {
+  for (const pid_t worker : workers) {
+    if (worker > 0) kill(worker, signal);
+  }
+}
+
+pid_t start_worker(const std::vector<std::string>& arguments) {
+  std::vector<char*> raw;
+  for (const std::string& argument : arguments) raw.push_back(const_cast<char*>(argument.c_str()));
+  raw.push_back(nullptr);
+  // A process group of its own: a Ctrl-C reaches it once, passed on by us.
+  posix_spawnattr_t attributes;
+  posix_spawnattr_init(&attributes);
+  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETPGROUP);
+  pid_t child = 0;
+  const int error = posix_spawn(&child, "/proc/self/exe", nullptr, &attributes, raw.data(), environ);
+  posix_spawnattr_destroy(&attributes);
+  check(error == 0, ErrorKind::kIo, "a worker could not be started: {}", std::strerror(error));
+  return child;
+}
+
 // The same command once per job, each with its share of the runs and of the threads. Small models do not fill several cores; two
-// runs side by side do. Returns the first exit code that is not 0.
+// runs side by side do. Signals go on to the workers, which save and stop. Returns the first exit code that is not 0.
 int run_jobs(const Options& o) {
-  std::vector<pid_t> children;
   const std::string threads = std::to_string(std::max<int64_t>(1, num_threads() / o.jobs));
   for (int64_t i = 0; i < o.jobs; ++i) {
     std::vector<std::string> arguments = {"lightmoe",  "run",  o.recipe, "--worker", fmt::format("{}/{}", i, o.jobs),
                                           "--threads", threads};
     if (o.short_form) arguments.emplace_back("--short");
     if (o.quiet) arguments.emplace_back("--quiet");
-    std::vector<char*> raw;
-    for (std::string& argument : arguments) raw.push_back(argument.data());
-    raw.push_back(nullptr);
-    pid_t child = 0;
-    const int error = posix_spawn(&child, "/proc/self/exe", nullptr, nullptr, raw.data(), environ);
-    check(error == 0, ErrorKind::kIo, "a worker could not be started: {}", std::strerror(error));
-    children.push_back(child);
+    workers[static_cast<size_t>(i)] = start_worker(arguments);
   }
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) ::signal(signal, pass_on);
   int code = 0;
-  for (const pid_t child : children) {
+  for (volatile pid_t& worker : workers) {
+    if (worker == 0) break;
     int status = 0;
-    while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
+    while (waitpid(worker, &status, 0) < 0 && errno == EINTR) {
     }
+    worker = -1;
     const int own = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     if (code == 0) code = own;
   }
   return code;
 }
 
-void parse_worker(const std::string& text, RunnerOptions& options) {
+void become_worker(const std::string& text, RunnerOptions& options) {
   long long worker = -1, workers = 0;
   const bool ok = std::sscanf(text.c_str(), "%lld/%lld", &worker, &workers) == 2 && worker >= 0 && worker < workers;
   check(ok, ErrorKind::kUsage, "--worker {}: expected I/N with I from 0 to N-1", text);
   options.worker = worker;
   options.workers = workers;
+  prctl(PR_SET_PDEATHSIG, SIGTERM);  // no orphans when the first process is killed outright
 }
 
 void run_recipe(const Options& o) {
@@ -61,10 +87,10 @@ void run_recipe(const Options& o) {
     fmt::print("{}", describe(recipe));
     return;
   }
-  check(o.jobs >= 1 && o.jobs <= 64, ErrorKind::kUsage, "--jobs {}: expected 1 to 64", o.jobs);
+  check(o.jobs >= 1 && o.jobs <= kMaxJobs, ErrorKind::kUsage, "--jobs {}: expected 1 to {}", o.jobs, kMaxJobs);
   RunnerOptions options;
   if (!o.quiet) options.say = [](const std::string& line) { fmt::print(stderr, "{}\n", line); };
-  if (!o.worker.empty()) parse_worker(o.worker, options);
+  if (!o.worker.empty()) become_worker(o.worker, options);
   if (!o.report_only) {
     if (o.worker.empty()) run_calibration(recipe, options);
     int code = 0;

@@ -126,30 +126,49 @@ void read_choice(TomlReader& in, Choice& choice, Recipe& recipe) {
   }
 }
 
-void resolve_methods(Recipe& recipe, const Choice& choice, TomlReader& root, const RecipeTraining& training,
-                     const MethodOptions& options) {
-  const toml::table* settings = root.table("method");
+struct Scales {
+  double lr = 1, steps = 1;
+};
+
+// [method.NAME], over what [train] and [compress] say.
+void read_own_settings(TomlReader& root, const std::string& name, const toml::node& node, RecipeMethod& method,
+                       Scales& scales) {
+  if (!node.is_table()) root.fail_at("method", fmt::format("method.{} is not a table", name));
+  TomlReader in(*node.as_table(), root.file(), "method." + name);
+  in.read("method", method.method);
+  in.read("lr_scale", scales.lr);
+  read_training(in, method.training);
+  read_method_options(in, method.options);
+  in.finish();
+}
+
+void resolve_methods(Recipe& recipe, const Choice& choice, TomlReader& root, const RecipeMethod& common) {
+  const toml::table none;
+  const toml::table* found = root.table("method");
+  const toml::table& settings = found == nullptr ? none : *found;
   for (const std::string& name : choice.methods) {
-    RecipeMethod method{.name = name, .method = name, .options = options, .training = training};
-    double lr_scale = 1, steps_scale = choice.steps_scale;
-    const toml::node* own = settings == nullptr ? nullptr : settings->get(name);
-    if (own != nullptr) {
-      if (!own->is_table()) root.fail_at("method", fmt::format("method.{} is not a table", name));
-      TomlReader in(*own->as_table(), root.file(), "method." + name);
-      in.read("method", method.method);
-      in.read("lr_scale", lr_scale);
-      read_training(in, method.training);
-      read_method_options(in, method.options);
-      in.finish();
-    }
+    RecipeMethod method = common;
+    method.name = method.method = name;
+    Scales scales{.steps = choice.steps_scale};
+    if (const toml::node* own = settings.get(name)) read_own_settings(root, name, *own, method, scales);
     const Method& registered = find_method(method.method);
-    method.training.lr *= lr_scale;
+    method.training.lr *= scales.lr;
     method.training.steps =
-        std::max<int64_t>(1, std::llround(static_cast<double>(method.training.steps) * steps_scale));
+        std::max<int64_t>(1, std::llround(static_cast<double>(method.training.steps) * scales.steps));
     if (registered.compresses) method.ratios = choice.ratios;
     recipe.methods.push_back(std::move(method));
   }
   check(!recipe.methods.empty(), ErrorKind::kUsage, "{}: no methods", root.file());
+  // Settings of methods that are not chosen this time: a mistake in them is a mistake all the same.
+  for (const auto& [key, node] : settings) {
+    const std::string name(key.str());
+    if (std::find(choice.methods.begin(), choice.methods.end(), name) != choice.methods.end()) continue;
+    RecipeMethod method = common;
+    Scales scales;
+    method.method = name;
+    read_own_settings(root, name, node, method, scales);
+    find_method(method.method);
+  }
 }
 
 }  // namespace
@@ -186,19 +205,18 @@ Recipe read_recipe(const std::string& file, bool short_form) {
     read_choice(in, choice, recipe);
     in.finish();
   }
-  RecipeTraining training;
-  MethodOptions options;
+  RecipeMethod common;
   if (const toml::table* table = root.table("train")) {
     TomlReader in(*table, file, "train");
-    read_training(in, training);
+    read_training(in, common.training);
     in.finish();
   }
   if (const toml::table* table = root.table("compress")) {
     TomlReader in(*table, file, "compress");
-    read_method_options(in, options);
+    read_method_options(in, common.options);
     in.finish();
   }
-  resolve_methods(recipe, choice, root, training, options);
+  resolve_methods(recipe, choice, root, common);
   std::vector<std::string> names;
   for (const toml::node& node : *root.tables("task")) {
     RecipeTask task = read_task(*node.as_table(), file);

@@ -1,19 +1,24 @@
 // Recipes: keys, nearest match, and a run of two methods on a golden model that is skipped where it is done.
 
 #include <gtest/gtest.h>
+#include <signal.h>
 
 #include "compress/report.h"
 #include "compress/runner.h"
 #include "compress/weights.h"
 #include "loaders/output.h"
 #include "tests/support/files.h"
+#include "tests/support/program.h"
 
 namespace lightmoe {
 namespace {
 
 namespace fs = std::filesystem;
 using testing::fails_with;
+using testing::get_file;
+using testing::ProgramResult;
 using testing::put_file;
+using testing::run_lightmoe;
 using testing::TempDir;
 
 std::string recipe_text(const fs::path& output, const std::string& extra = "", const std::string& train = "steps = 2") {
@@ -58,6 +63,9 @@ TEST(Recipe, UnknownKeysAreErrorsWithTheNearest) {
   refused("steps = 2", "steps = \"two\"", {"train.steps: expected an integer"});
   refused("steps = 2", "steps = 0", {"must be positive"});
   refused("lr_scale = 0.5", "lr_skale = 0.5", {"method.lora.lr_skale", "did you mean lr_scale?"});
+  // Settings of methods that are not chosen are read all the same.
+  refused("[method.lora]\n", "[method.full]\nsetps = 1\n[method.lora]\n", {"method.full.setps", "did you mean steps?"});
+  refused("[method.lora]\n", "[method.lroa]\nlr = 1\n[method.lora]\n", {"unknown method \"lroa\"", "mean lora?"});
   refused("\"lora\", \"lightmoe\"", "\"lora\", \"lihgtmoe\"",
           {"unknown method \"lihgtmoe\"", "did you mean lightmoe?"});
   refused("[0.3, 0.5]", "[0.3, 1.5]", {"1.5 is not from 0 to less than 1"});
@@ -121,6 +129,27 @@ TEST(Run, WorkersShareTheRuns) {
   run_calibration(recipe, {});
   for (int64_t worker : {0, 1}) EXPECT_TRUE(run_stages(recipe, {.worker = worker, .workers = 2}, nullptr));
   EXPECT_EQ(load_results(recipe).size(), 4u);
+}
+
+// The first process passes a signal on; its workers save and stop, and the next call goes on bit for bit.
+TEST(Run, StopsOnASignalAndGoesOn) {
+  const TempDir where;
+  const auto recipe = [&](const std::string& output) {
+    const std::string file = where / (output + ".toml");
+    put_file(file, recipe_text(where / output, "", "steps = 40"));
+    return file;
+  };
+  const fs::path log = where / "stopped" / "ids" / "lora-s1" / "train.log.jsonl";
+  const ProgramResult stopped =
+      run_lightmoe({"run", recipe("stopped"), "--jobs", "2"},
+                   {.signal = SIGTERM, .signal_when = [&] { return fs::exists(log) && fs::file_size(log) > 1000; }});
+  EXPECT_EQ(stopped.exit_code, 128 + SIGTERM) << stopped.err;
+  EXPECT_FALSE(fs::exists(where / "stopped" / "ids" / "lora-s1" / "model"));
+  EXPECT_TRUE(fs::exists(where / "stopped" / "ids" / "lora-s1" / "checkpoints"));
+  EXPECT_EQ(run_lightmoe({"run", where / "stopped.toml"}).exit_code, 0);
+  EXPECT_EQ(run_lightmoe({"run", recipe("straight")}).exit_code, 0);
+  const std::string weights = "ids/lora-s1/model/model.safetensors";
+  EXPECT_EQ(get_file(where / "stopped" / weights), get_file(where / "straight" / weights));
 }
 
 }  // namespace

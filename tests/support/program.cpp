@@ -61,6 +61,7 @@ ProgramResult run_lightmoe(const std::vector<std::string>& arguments, const Prog
   ProgramResult result;
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(options.deadline_seconds);
   int status = 0;
+  bool is_sent = !options.signal_when;
   while (waitpid(child, &status, WNOHANG) == 0) {
     if (std::chrono::steady_clock::now() > deadline) {
       kill(child, SIGKILL);
@@ -68,6 +69,10 @@ ProgramResult run_lightmoe(const std::vector<std::string>& arguments, const Prog
       result.exit_code = -2;
       result.err = slurp(err);
       return result;
+    }
+    if (!is_sent && options.signal_when()) {
+      kill(child, options.signal);
+      is_sent = true;
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
   }

@@ -2,6 +2,7 @@
 // Runs the program as a user would, with a deadline, and looks at exit code and output.
 
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,9 @@ struct ProgramOptions {
   int deadline_seconds = 60;
   bool close_stdout = false;
   int64_t max_file_bytes = 0;  // RLIMIT_FSIZE
+  // `signal` is sent once, when `signal_when` first says so.
+  int signal = 0;
+  std::function<bool()> signal_when;
 };
 // arguments[0] is the verb. The program is `lightmoe` beside the test binary.
 ProgramResult run_lightmoe(const std::vector<std::string>& arguments, const ProgramOptions& options = {});
