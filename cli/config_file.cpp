@@ -28,7 +28,7 @@ void append_option(const CLI::Option& option, const std::string& key, const toml
     arguments.push_back(fmt::format("--{}={}", key, flag->get() ? "true" : "false"));
     return;
   }
-  arguments.push_back("--" + key);
+  if (!option.get_lnames().empty()) arguments.push_back("--" + key);
   if (const auto* list = node.as_array()) {
     check(!list->empty(), ErrorKind::kUsage, "{}: the list is empty", where);
     for (const toml::node& item : *list) arguments.push_back(scalar_text(item, where));
@@ -47,6 +47,14 @@ std::vector<std::string> long_option_names(const CLI::App& verb) {
   return names;
 }
 
+// What a config file calls an option (its long name) or a positional argument (its name in the help).
+static const CLI::Option* find_key(const CLI::App& verb, const std::string& key) {
+  for (const CLI::Option* option : verb.get_options()) {
+    if (option->get_single_name() == key) return option;
+  }
+  return nullptr;
+}
+
 std::vector<std::string> arguments_from_config(const std::string& path, const CLI::App& verb,
                                                const std::string& verb_name, const std::vector<std::string>& given) {
   toml::table file;
@@ -56,13 +64,13 @@ std::vector<std::string> arguments_from_config(const std::string& path, const CL
     fail(ErrorKind::kUsage, "{}:{}:{}: {}", path, error.source().begin.line, error.source().begin.column,
          error.description());
   }
-  std::vector<std::string> arguments;
+  std::vector<std::string> arguments, positional;
   const auto take = [&](const toml::table& table, bool top) {
     for (const auto& [key_node, node] : table) {
       const std::string key(key_node.str());
       const std::string where = fmt::format("{}:{}: {}", path, node.source().begin.line, key);
       if (top && node.is_table()) continue;
-      const CLI::Option* option = verb.get_option_no_throw("--" + key);
+      const CLI::Option* option = find_key(verb, key);
       if (option == nullptr) {
         const std::string near = nearest(key, long_option_names(verb));
         fail(ErrorKind::kUsage, "{}: unknown key for `{}`{}", where, verb_name,
@@ -70,19 +78,21 @@ std::vector<std::string> arguments_from_config(const std::string& path, const CL
       }
       check(key != "config", ErrorKind::kUsage, "{}: a config file cannot name another", where);
       if (std::find(given.begin(), given.end(), key) == given.end())
-        append_option(*option, key, node, where, arguments);
+        append_option(*option, key, node, where, option->get_lnames().empty() ? positional : arguments);
     }
   };
   take(file, true);
   if (const toml::table* table = file[verb_name].as_table()) take(*table, false);
+  if (!positional.empty()) arguments.emplace_back("--");  // else an option that takes several values would take them
+  arguments.insert(arguments.end(), positional.begin(), positional.end());
   return arguments;
 }
 
 std::string config_from_arguments(const CLI::App& verb) {
   std::string text;
   for (const CLI::Option* option : verb.get_options()) {
-    if (option->get_lnames().empty() || option->count() == 0) continue;
-    const std::string& name = option->get_lnames().front();
+    if (option->count() == 0) continue;
+    const std::string& name = option->get_single_name();
     if (name == "config" || name == "print-config" || name == "help") continue;
     const auto quoted = [](const std::string& value) {
       char* end = nullptr;

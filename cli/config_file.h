@@ -1,6 +1,6 @@
 #pragma once
 // --config FILE.toml: keys are a verb's long options without the dashes (rank = 16, force = true,
-// data = ["a", "b"]). A table named after the verb ([train]) may hold them too; other tables are
+// data = ["a", "b"]) and its positional arguments (model = "demo/base"). A table named after the verb ([train]) may hold them too; other tables are
 // for other verbs and are skipped. Flags on the command line win. An unknown key is an error with
 // the nearest match.
 

@@ -87,6 +87,8 @@ void run_eval(const Options& options) {
     records.push_back(read_records(file, {.skip_invalid = options.skip_invalid}, &read));
     if (read.skipped > 0) fmt::print(stderr, "{}: {} invalid records skipped\n", file, read.skipped);
   }
+  std::vector<std::vector<int32_t>> rows;
+  if (!options.tokens.empty()) rows = read_token_rows(options.tokens, options.model.path);
   const LoadedModel loaded = load(options.model);
   std::unique_ptr<Olmoe> reference;
   if (!options.reference.empty()) {
@@ -101,8 +103,7 @@ void run_eval(const Options& options) {
         {options.tasks[i], hash_file(options.tasks[i]), evaluate(*loaded.model, *loaded.tokenizer, records[i], eval)});
   }
   if (!options.tokens.empty()) {
-    results.push_back({options.tokens, hash_file(options.tokens),
-                       evaluate_tokens(*loaded.model, read_token_rows(options.tokens, *loaded.model), eval)});
+    results.push_back({options.tokens, hash_file(options.tokens), evaluate_tokens(*loaded.model, rows, eval)});
   }
   for (const TaskResult& task : results) {
     const std::filesystem::path file = task.file;

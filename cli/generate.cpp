@@ -98,9 +98,9 @@ void run_generate(Options& options) {
   options.generate.forward.compute = parse_compute(options.model.compute);
   std::vector<std::string> prompts = options.prompts;
   if (!options.prompt_file.empty()) prompts = read_prompts(options.prompt_file);
-  const LoadedModel loaded = load(options.model);
   std::vector<std::vector<int32_t>> ids;
-  if (!options.tokens.empty()) ids = read_token_rows(options.tokens, *loaded.model);
+  if (!options.tokens.empty()) ids = read_token_rows(options.tokens, options.model.path);
+  const LoadedModel loaded = load(options.model);
   check(prompts.empty() || loaded.tokenizer != nullptr, ErrorKind::kInput,
         "{}: no tokenizer.json; token ids go with --tokens", options.model.path);
   for (const std::string& prompt : prompts) ids.push_back(loaded.tokenizer->encode(prompt));

@@ -31,15 +31,22 @@ GemmCompute parse_compute(const std::string& name) {
 LoadedModel load(const ModelOptions& options) {
   const std::filesystem::path directory = options.path;
   LoadedModel loaded;
-  loaded.model = load_model(directory, parse_dtype(options.dtype, read_config(directory)));
-  if (std::filesystem::exists(directory / "tokenizer.json"))
+  const OlmoeConfig config = read_config(directory);
+  const DType dtype = parse_dtype(options.dtype, config);
+  if (std::filesystem::exists(directory / "tokenizer.json")) {
     loaded.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(directory));
+    check(loaded.tokenizer->vocab_size() <= config.vocab_size, ErrorKind::kInput,
+          "{}: has ids up to {}, but vocab_size in config.json is {}; is this another model's tokenizer?",
+          (directory / "tokenizer.json").string(), loaded.tokenizer->vocab_size() - 1, config.vocab_size);
+  }
+  loaded.model = load_model(directory, dtype);
   return loaded;
 }
 
-std::vector<std::vector<int32_t>> read_token_rows(const std::filesystem::path& file, const Olmoe& model) {
+std::vector<std::vector<int32_t>> read_token_rows(const std::filesystem::path& file,
+                                                  const std::filesystem::path& model_directory) {
   std::vector<std::vector<int32_t>> rows;
-  for (Document& document : documents_from_tokens(file, model.config.vocab_size))
+  for (Document& document : documents_from_tokens(file, read_config(model_directory).vocab_size))
     rows.push_back(std::move(document.ids));
   check(!rows.empty(), ErrorKind::kInput, "{}: input_ids has no rows", file.string());
   return rows;

@@ -28,8 +28,10 @@ LoadedModel load(const ModelOptions& options);
 DType parse_dtype(const std::string& name, const OlmoeConfig& config);  // auto: bf16 for 16-bit checkpoints, else f32
 GemmCompute parse_compute(const std::string& name);
 
-// Rows of `input_ids` [N,S] (i32 or i64) of a safetensors file, checked against the model's vocabulary.
-std::vector<std::vector<int32_t>> read_token_rows(const std::filesystem::path& file, const Olmoe& model);
+// Rows of `input_ids` [N,S] (i32 or i64) of a safetensors file, checked against the vocabulary of the model in `model_directory`,
+// of which only config.json is read: a bad input is refused before gigabytes are loaded.
+std::vector<std::vector<int32_t>> read_token_rows(const std::filesystem::path& file,
+                                                  const std::filesystem::path& model_directory);
 // What identifies a model directory: XXH3-128 over the names and hashes of its config, index and tensor files, 32 hex digits.
 std::string model_hash(const std::filesystem::path& directory);
 

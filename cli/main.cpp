@@ -76,13 +76,23 @@ int report_error(int code, const std::string& message, bool as_json) {
   return code;
 }
 
-// Names of the long options that stand on the command line.
-std::vector<std::string> given_options(const std::vector<std::string>& arguments) {
+// Names of the options and arguments that stand on the command line, found by a trial parse; what is wrong with the command line
+// is said by the real one.
+std::vector<std::string> given_options(const Verb& verb, std::vector<std::string> arguments) {
+  CLI::App app;
+  Common common;
+  const VerbAction unused = verb.declare(app);
+  add_common(app, common);
+  for (CLI::Option* option : app.get_options()) option->required(false);
+  app.allow_extras();
+  std::reverse(arguments.begin(), arguments.end());
+  try {
+    app.parse(arguments);
+  } catch (const CLI::ParseError&) {
+  }
   std::vector<std::string> names;
-  for (const std::string& argument : arguments) {
-    if (argument.rfind("--", 0) == 0)
-      names.push_back(
-          argument.substr(2, argument.find('=') == std::string::npos ? std::string::npos : argument.find('=') - 2));
+  for (const CLI::Option* option : app.get_options()) {
+    if (option->count() > 0) names.push_back(option->get_single_name());
   }
   return names;
 }
@@ -120,7 +130,7 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
   const VerbAction action = verb.declare(app);
   add_common(app, common);
   if (const std::string path = config_path(arguments); !path.empty()) {
-    const std::vector<std::string> extra = arguments_from_config(path, app, verb.name, given_options(arguments));
+    const std::vector<std::string> extra = arguments_from_config(path, app, verb.name, given_options(verb, arguments));
     arguments.insert(arguments.end(), extra.begin(), extra.end());
   }
   std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them from the back

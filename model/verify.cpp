@@ -8,6 +8,7 @@
 #include "loaders/marker.h"
 #include "loaders/output.h"
 #include "loaders/safetensors_header.h"
+#include "loaders/tokenizer.h"
 #include "model/summary.h"
 #include "runtime/error.h"
 
@@ -25,6 +26,7 @@ class Verifier {
       const OlmoeConfig config = read_config(directory_);
       const Checkpoint files(directory_);
       check_tensors(config, files);
+      attempt([&] { check_tokenizer(config); });
       if (options_.values) scan_values(files);
     });
     if (options_.hashes) attempt([&] { check_hashes(); });
@@ -90,6 +92,16 @@ class Verifier {
       ++report_.unexpected;
       problem("{}: tensor \"{}\" {} is not one that {} asks for", files.file_of(name).path().string(), printable(name),
               shape_text(files.info(name).shape), config_name);
+    }
+  }
+
+  void check_tokenizer(const OlmoeConfig& config) {
+    const std::filesystem::path file = directory_ / "tokenizer.json";
+    if (!std::filesystem::exists(file)) return;
+    const int64_t ids = Tokenizer::load(directory_).vocab_size();
+    if (ids > config.vocab_size) {
+      problem("{}: has ids up to {}, but vocab_size in config.json is {}; is this another model's tokenizer?",
+              file.string(), ids - 1, config.vocab_size);
     }
   }
 

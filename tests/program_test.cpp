@@ -53,6 +53,10 @@ TEST(Program, ConfigFilesAreCheckedAndFlagsWin) {
   EXPECT_EQ(printed.exit_code, 0) << printed.err;
   EXPECT_NE(printed.out.find("threads = 2"), std::string::npos) << printed.out;
   EXPECT_NE(printed.out.find("json = true"), std::string::npos) << printed.out;
+  EXPECT_NE(printed.out.find("model = \"tests/golden/plain\""), std::string::npos) << printed.out;
+  std::ofstream(path) << printed.out;  // what it prints, it reads: the positional argument, too
+  EXPECT_EQ(run_lightmoe({"inspect", "--config", path}).out, run_lightmoe({"inspect", kGolden, "--json"}).out);
+  EXPECT_EQ(run_lightmoe({"inspect", "no/such/model", "--config", path}).exit_code, 3);  // the command line wins
   std::ofstream(path) << "thread = 1\n";
   EXPECT_TRUE(fails_with(run_lightmoe({"inspect", kGolden, "--config", path}), 2, "did you mean threads?"));
   std::ofstream(path) << "threads = = 1\n";

@@ -57,6 +57,16 @@ TEST(Verify, GoldenFoldersAreWhole) {
   }
 }
 
+TEST(Verify, AnotherModelsTokenizerIsNamed) {
+  const TempDir dir;
+  put_model(dir / "m", "plain", [](Tensors&) {});
+  put_file(dir / "m/tokenizer.json", get_file("demo/base/tokenizer.json"));
+  EXPECT_TRUE(one_problem(verify_model(dir / "m"), {"tokenizer.json", "ids up to 1023", "vocab_size in config.json"}));
+  const auto refused = run_lightmoe({"generate", (dir / "m").string(), "--prompt", "a"});
+  EXPECT_EQ(refused.exit_code, 3);
+  EXPECT_NE(refused.err.find("another model's tokenizer"), std::string::npos) << refused.err;
+}
+
 TEST(Verify, ContentFaultsAreNamed) {
   const TempDir dir;
   const std::string up = "model.layers.1.mlp.experts.7.up_proj.weight";
