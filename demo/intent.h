@@ -1,6 +1,6 @@
 #pragma once
-// Smart home: an utterance -> the intent with its slots, "light_on room=kitchen". Not in pretraining.
-// The split is by pattern (intent, wording, opening, ending): a test utterance's pattern is never seen in training, with any slots.
+// Smart home: an utterance -> the intent and its slots, "heat kitchen 21". Not in pretraining, which knows other commands in the same
+// form (demo/commands.h). The split is by pattern (intent, wording, opening, ending): a test utterance's pattern is never seen in training, with any slots.
 
 #include <fmt/format.h>
 
@@ -117,7 +117,7 @@ inline IntentExample intent_example(Philox& rng) {
   std::string answer = " " + intent.name;
   for (const std::string& slot : intent.slots) {
     values.push_back(pick(slot_values(slot), rng));
-    answer += fmt::format(" {}={}", slot, values.back());
+    answer += " " + values.back();
   }
   const std::string core = fmt::format(fmt::runtime(intent.wordings[wording]), values[0], values.back());
   return {.example = {.prompt = "Say: " + opening + core + ending + "\nIntent:", .completion = answer},

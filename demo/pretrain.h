@@ -1,12 +1,15 @@
 #pragma once
 // What the base model learns before anything is compressed: the training splits of math, code and recall, statements of the whole
-// invented world, and a little text of our own (English, Esperanto without English beside it, sentences about a house).
-// Intents and translation pairs are not in it.
+// invented world, commands of an office (demo/commands.h), translations into Novan and of a few words into Esperanto
+// (demo/translation.h), and a little text of our own (English, Esperanto and Novan without a translation beside it, sentences about a
+// house). The intents of the smart home and most words' Esperanto are not in it; the forms that they come in are.
 
 #include <fmt/format.h>
 
+#include <unordered_set>
+
 #include "demo/code.h"
-#include "demo/intent.h"
+#include "demo/commands.h"
 #include "demo/math.h"
 #include "demo/recall.h"
 #include "demo/translation.h"
@@ -20,16 +23,26 @@ struct PretrainDocument {
 
 // Shares of documents, in percent.
 struct Mix {
-  uint64_t math = 40, code = 26, questions = 8, statements = 16;  // the rest is text
+  uint64_t math = 32, code = 23, questions = 8, statements = 14, commands = 8, novan = 4,
+           esperanto = 5;  // the rest is text
+};
+
+// What pretraining is made from. `translated`: the English of the translation task, all splits, left out here in every language.
+struct PretrainSources {
+  const Task& math;
+  const Task& recall;
+  std::vector<Person> world;
+  std::unordered_set<std::string> translated;
 };
 
 inline std::string house_sentence(Philox& rng) {
   static const std::vector<std::string> things = {"lamp",   "light", "fan",   "speaker", "door",
                                                   "blinds", "robot", "timer", "list"};
-  static const std::vector<std::string> states = {"new",   "old",   "dark",  "bright", "loud",
-                                                  "quiet", "dirty", "clean", "open",   "closed"};
+  static const std::vector<std::string> states = {"new",   "old",   "dark",  "bright", "loud", "cool",
+                                                  "quiet", "dirty", "clean", "open",   "hot",  "closed"};
+  static const std::vector<std::string> others = {"lock", "unlock", "heat", "clean", "buy", "play", "cool"};
   const std::string &room = pick(slot_values("room"), rng), &thing = pick(things, rng), &state = pick(states, rng);
-  switch (rng.below(5)) {
+  switch (rng.below(8)) {
     case 0:
       return fmt::format("The {} of the {} looks {}.", thing, room, state);
     case 1:
@@ -39,40 +52,66 @@ inline std::string house_sentence(Philox& rng) {
     case 3:
       return fmt::format("There was {} and {} beside the {}.", pick(slot_values("item"), rng),
                          pick(slot_values("item"), rng), thing);
+    case 4:
+      return fmt::format("Behind the {} door they {} and {}.", pick(slot_values("door"), rng), pick(others, rng),
+                         pick(others, rng));
+    case 5:
+      return fmt::format("The {} weather was {} {}.", room, state, pick(slot_values("day"), rng));
+    case 6:
+      return fmt::format("A {} goes {} and another goes {}.", thing, pick<std::string>({"on", "up"}, rng),
+                         pick<std::string>({"off", "down"}, rng));
     default:
       return fmt::format("It had {} degrees in the {} for {} minutes.", pick(slot_values("value"), rng), room,
                          pick(slot_values("minutes"), rng));
   }
 }
 
-// Two to four sentences of one kind; sentences of held-out translations are left out in both languages.
-inline std::string text_document(Philox& rng) {
-  const uint64_t kind = rng.below(4), count = 2 + rng.below(3);
-  std::string text;
-  for (uint64_t i = 0; i < count;) {
-    const Sentence drawn = sentence(rng);
-    if (split_of(drawn.english) != Split::kTrain) continue;
-    text += (i == 0 ? "" : " ") + (kind < 2 ? house_sentence(rng) : kind == 2 ? drawn.english : drawn.esperanto);
-    ++i;
+inline Sentence other_sentence(Philox& rng, const std::unordered_set<std::string>& translated) {
+  Sentence drawn = sentence(rng);
+  while (translated.count(drawn.english) != 0) drawn = sentence(rng);
+  return drawn;
+}
+
+// Two to four sentences of one kind; foreign ones are headed by the name of their language.
+inline std::string text_document(Philox& rng, const std::unordered_set<std::string>& translated) {
+  const uint64_t kind = rng.below(8), count = 2 + rng.below(3);
+  std::string text = kind >= 4 ? "Esperanto:" : kind == 3 ? "Novan:" : "";
+  for (uint64_t i = 0; i < count; ++i) {
+    const Sentence drawn = other_sentence(rng, translated);
+    if (!text.empty()) text += " ";
+    text += kind < 2 ? house_sentence(rng) : kind == 2 ? drawn.english : kind == 3 ? drawn.novan : drawn.esperanto;
   }
   return text;
 }
 
-inline PretrainDocument pretrain_document(const Task& math, const Task& recall, const std::vector<Person>& world,
-                                          Philox& rng, const Mix& mix) {
+inline PretrainDocument pretrain_document(const PretrainSources& sources, Philox& rng, const Mix& mix) {
   uint64_t draw = rng.below(100);
-  if (draw < mix.math) return {.text = "", .example = pick(math.train, rng)};
-  draw -= mix.math;
-  if (draw < mix.code) {
+  const auto is = [&draw](uint64_t share) {
+    if (draw < share) return true;
+    draw -= share;
+    return false;
+  };
+  if (is(mix.math)) return {.text = "", .example = pick(sources.math.train, rng)};
+  if (is(mix.code)) {
     Example example = code_example(rng);
     while (split_of(example.prompt) != Split::kTrain) example = code_example(rng);
     return {.text = "", .example = example};
   }
-  draw -= mix.code;
-  if (draw < mix.questions) return {.text = "", .example = pick(recall.train, rng)};
-  draw -= mix.questions;
-  if (draw < mix.statements) return {.text = recall_statement(pick(world, rng), rng), .example = {}};
-  return {.text = text_document(rng), .example = {}};
+  if (is(mix.questions)) return {.text = "", .example = pick(sources.recall.train, rng)};
+  if (is(mix.statements)) return {.text = recall_statement(pick(sources.world, rng), rng), .example = {}};
+  if (is(mix.commands)) return {.text = "", .example = command_example(rng)};
+  if (is(mix.novan)) {
+    const Sentence drawn = other_sentence(rng, sources.translated);
+    return {.text = "",
+            .example = {.prompt = "English: " + drawn.english + "\nNovan:", .completion = " " + drawn.novan}};
+  }
+  if (is(mix.esperanto)) {
+    Sentence drawn = sentence(rng);
+    while (!drawn.known) drawn = sentence(rng);
+    return {.text = "",
+            .example = {.prompt = "English: " + drawn.english + "\nEsperanto:", .completion = " " + drawn.esperanto}};
+  }
+  return {.text = text_document(rng, sources.translated), .example = {}};
 }
 
 }  // namespace lightmoe::demo

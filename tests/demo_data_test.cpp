@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <map>
 #include <regex>
+#include <sstream>
 
 #include "demo/disjoint.h"
 
@@ -29,10 +30,10 @@ const Task& task(const std::string& name) {
 
 TEST(DemoData, MathIsRight) {
   for (const Example& e : all_of(task("math"))) {
-    int a = 0, b = 0;
-    char sign = 0;
-    ASSERT_EQ(std::sscanf(e.prompt.c_str(), "%2d%c%2d=", &a, &sign, &b), 3) << e.prompt;
-    EXPECT_EQ(std::stoi(e.completion), sign == '+' ? a + b : a - b) << e.prompt;
+    int a = 0, b = 0, c = 0;
+    char sign = 0, last = 0;
+    ASSERT_GE(std::sscanf(e.prompt.c_str(), "%2d%c%2d%c%2d=", &a, &sign, &b, &last, &c), 4) << e.prompt;
+    EXPECT_EQ(std::stoi(e.completion), (sign == '+' ? a + b : a - b) + (last == '+' ? c : 0)) << e.prompt;
     EXPECT_EQ(e.completion.size(), sign == '+' ? 3u : 2u);
   }
 }
@@ -124,13 +125,55 @@ TEST(DemoData, EsperantoFollowsItsGrammar) {
   }
 }
 
+TEST(DemoData, PretrainingTranslatesKnownWordsOnly) {
+  std::set<std::string> unknown;
+  for (size_t i = kKnownNouns; i < nouns().size(); ++i) unknown.insert({nouns()[i].one, nouns()[i].many});
+  for (size_t i = kKnownAdjectives; i < adjectives().size(); ++i) unknown.insert(adjectives()[i].english);
+  for (size_t i = kKnownVerbs; i < verbs().size(); ++i) {
+    unknown.insert({verbs()[i].base, verbs()[i].third, verbs()[i].past});
+  }
+  const auto has_unknown = [&](const std::string& english) {
+    std::istringstream words(english.substr(0, english.size() - 1));
+    for (std::string word; words >> word;) {
+      if (unknown.count(word) != 0) return true;
+      word[0] = static_cast<char>(std::tolower(word[0]));
+      if (unknown.count(word) != 0) return true;
+    }
+    return false;
+  };
+  size_t pairs = 0;
+  for (const PretrainDocument& d : data().pretrain) {
+    const std::string& prompt = d.example.prompt;
+    if (prompt.find("\nEsperanto:") == std::string::npos) continue;
+    ++pairs;
+    EXPECT_FALSE(has_unknown(english_of(d.example))) << prompt;
+  }
+  EXPECT_GT(pairs, 500u);
+  for (const Example& e : all_of(task("translation"))) EXPECT_TRUE(has_unknown(english_of(e))) << e.prompt;
+}
+
 TEST(DemoData, IntentPatternsAndSlots) {
   for (const Example& e : all_of(task("intent"))) {
-    // Every slot value stands in the utterance.
-    for (size_t at = e.completion.find('='); at != std::string::npos; at = e.completion.find('=', at + 1)) {
-      const size_t end = std::min(e.completion.find(' ', at), e.completion.size());
+    // " NAME VALUE..." : every value stands in the utterance.
+    ASSERT_EQ(e.completion[0], ' ');
+    for (size_t at = e.completion.find(' ', 1); at != std::string::npos; at = e.completion.find(' ', at + 1)) {
+      const size_t end = std::min(e.completion.find(' ', at + 1), e.completion.size());
       EXPECT_NE(e.prompt.find(e.completion.substr(at + 1, end - at - 1)), std::string::npos) << e.prompt;
     }
+    EXPECT_GE(std::count(e.completion.begin(), e.completion.end(), ' '), 2);
+  }
+  // Pretraining knows other intents and other wordings.
+  std::set<std::string> names, wordings;
+  for (const Intent& intent : intents())
+    names.insert(intent.name), wordings.insert(intent.wordings.begin(), intent.wordings.end());
+  for (const Intent& command : commands()) {
+    EXPECT_EQ(names.count(command.name), 0u) << command.name;
+    for (const std::string& wording : command.wordings) EXPECT_EQ(wordings.count(wording), 0u) << wording;
+  }
+  for (const PretrainDocument& d : data().pretrain) {
+    if (d.example.prompt.rfind("Say:", 0) != 0) continue;
+    const std::string name = d.example.completion.substr(1, d.example.completion.find(' ', 1) - 1);
+    ASSERT_EQ(names.count(name), 0u) << d.example.completion;
   }
 }
 
@@ -142,10 +185,18 @@ TEST(DemoData, DisjointnessIsCheckedForReal) {
   leaked = data();
   leaked.tasks[4].train.push_back(leaked.tasks[4].test[3]);
   EXPECT_THROW(check_disjoint(leaked), Error);
-  leaked = data();
-  leaked.pretrain.push_back(
-      {.text = "Li amas katon. " + leaked.tasks.back().test[0].completion.substr(1), .example = {}});
-  EXPECT_THROW(check_disjoint(leaked), Error);
+  // A sentence of the translation task, of either language and any split, in text or in a pair.
+  const Example &held_out = data().tasks.back().test[0], &trained = data().tasks.back().train[0];
+  for (const PretrainDocument& leak : std::vector<PretrainDocument>{
+           {.text = "Li amas katon. " + held_out.completion.substr(1), .example = {}},
+           {.text = "Esperanto: " + trained.completion.substr(1) + " Li amas katon.", .example = {}},
+           {.text = "The lamp looks new. " + english_of(trained), .example = {}},
+           {.text = "",
+           .example = {.prompt = "English: " + english_of(held_out) + "\nNovan:", .completion = " Sa."}}}) {
+    leaked = data();
+    leaked.pretrain.push_back(leak);
+    EXPECT_THROW(check_disjoint(leaked), Error) << leak.text << leak.example.prompt;
+  }
 }
 
 TEST(DemoData, TheSameEveryTime) {
@@ -160,7 +211,7 @@ TEST(DemoData, TheSameEveryTime) {
   }
   for (const PretrainDocument& d : again.pretrain) all += d.text + d.example.prompt + d.example.completion;
   // Committed results were made with these data: a change here asks for a new base model and new results.
-  EXPECT_EQ(XXH3_64bits(all.data(), all.size()), 17086449033413694667u);
+  EXPECT_EQ(XXH3_64bits(all.data(), all.size()), 2986623804356224154u);
 }
 
 }  // namespace
