@@ -4,7 +4,7 @@
 #   make test       unit, golden and fault tests, and the architecture lint
 #   make bench      benchmarks, JSON into build/bench/
 #   make lint | format | setup | asan | fuzz | cuda
-# Variables: MODE=release|asan|debug|fuzz  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)  FUZZ_SECONDS=5 (for each target)
+# Variables: MODE=release|asan|debug|fuzz  CUDA=1 (GPU kernels too)  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)  FUZZ_SECONDS=5 (for each target)
 
 MODE ?= release
 ARCH ?= native
@@ -14,17 +14,19 @@ ifeq ($(origin CXX),default)
 endif
 CCACHE ?= $(shell command -v ccache 2>/dev/null)
 
-BUILD := build$(if $(filter-out release,$(MODE)),/$(MODE))$(if $(findstring clang,$(CXX)),-clang)
-LIBRARY_DIRS := runtime kernels autograd loaders model compress
-LIBRARY_SOURCES := $(wildcard $(addsuffix /*.cpp,$(LIBRARY_DIRS)))
-TEST_SOURCES := $(wildcard tests/*.cpp tests/support/*.cpp)
+BUILD := build$(if $(filter-out release,$(MODE)),/$(MODE))$(if $(filter 1,$(CUDA)),/with-cuda)$(if $(findstring clang,$(CXX)),-clang)
+LIBRARY_DIRS := runtime kernels kernels/device/simulator autograd loaders model compress
+LIBRARY_SOURCES := $(wildcard $(addsuffix /*.cpp,$(LIBRARY_DIRS)) kernels/*.cu)
+TEST_SOURCES := $(wildcard tests/*.cpp tests/*.cu tests/support/*.cpp)
 BENCH_SOURCES := $(wildcard bench/*.cpp)
 CLI_SOURCES := $(wildcard cli/*.cpp)
 DEMO_SOURCES := $(wildcard demo/*.cpp)
 FUZZ_SOURCES := $(wildcard tests/fuzz/*.cpp)
 CUDA_SOURCES := $(wildcard kernels/*.cu)
 
-objects = $(patsubst %.cpp,$(BUILD)/obj/%.o,$(1))
+# A .cu file becomes kernels of the simulator (any host compiler) and, with CUDA=1, of the GPU (nvcc); both link into one binary.
+objects = $(patsubst %.cpp,$(BUILD)/obj/%.o,$(filter %.cpp,$(1))) $(patsubst %.cu,$(BUILD)/obj/%.sim.o,$(filter %.cu,$(1))) \
+  $(if $(filter 1,$(CUDA)),$(patsubst %.cu,$(BUILD)/obj/%.cuda.o,$(filter %.cu,$(1))))
 
 PACKAGES := g++ pkg-config libcli11-dev nlohmann-json3-dev libfmt-dev libpcre2-dev libutf8proc-dev \
   libxxhash-dev libopenblas-openmp-dev libtomlplusplus-dev libgtest-dev libbenchmark-dev
@@ -38,12 +40,20 @@ OPENBLAS_DIR := $(firstword $(wildcard /usr/lib/*/openblas-openmp))
 LDFLAGS += -fopenmp $(if $(OPENBLAS_DIR),-L$(OPENBLAS_DIR) -Wl$(comma)-rpath$(comma)$(OPENBLAS_DIR))
 comma := ,
 
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
+NVCC_FLAGS := -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp
+CUDA_ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
+ifeq ($(CUDA),1)
+  CPPFLAGS += -DLIGHTMOE_CUDA -isystem $(CUDA_HOME)/include
+  LDLIBS += -L$(CUDA_HOME)/lib64 -Wl$(comma)-rpath$(comma)$(CUDA_HOME)/lib64 -lcudart
+endif
+
 CPPFLAGS += -I. $(if $(OPENBLAS_DIR),-I$(subst /lib/,/include/,$(OPENBLAS_DIR)))
 CXXFLAGS += -std=c++20 -g1 -Wall -Wextra -Werror -Wno-missing-field-initializers -fopenmp -fno-math-errno -fno-trapping-math -MMD -MP
 ifeq ($(MODE),release)
   CXXFLAGS += -march=$(ARCH)
   # Compile fast where no time is spent.
-  OPTIMIZE = $(if $(filter $(BUILD)/obj/cli/% $(BUILD)/obj/tests/%,$@),-O1,-O3)
+  OPTIMIZE = $(if $(filter $(BUILD)/obj/cli/% $(BUILD)/obj/tests/%,$@),-O1,$(if $(filter %.sim.o,$@),-O2,-O3))
 else ifeq ($(MODE),asan)
   # NOTE: with sanitizers g++ 12 takes std::regex's states for uninitialised (its manual: more false warnings with -fsanitize).
   CXXFLAGS += -O1 -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
@@ -68,6 +78,18 @@ $(BUILD)/obj/%.o: %.cpp
 	@echo "  CXX  $<"
 	@$(CCACHE) $(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMIZE) -c $< -o $@
 
+# Automatic variables start with a pattern, so that a kernel's uninitialised register is never a lucky zero.
+SIM_FLAGS := -x c++ -Wno-unknown-pragmas -ftrivial-auto-var-init=pattern
+$(BUILD)/obj/%.sim.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  SIM  $<"
+	@$(CCACHE) $(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMIZE) $(SIM_FLAGS) -c $< -o $@
+
+$(BUILD)/obj/%.cuda.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  NVCC $<"
+	@$(NVCC) $(NVCC_FLAGS) -I. $(CUDA_ARCHITECTURES) -MMD -MP -MF $(@:.o=.d) -c $< -o $@
+
 # The version reaches one object only, so that a commit does not rebuild the tree.
 $(BUILD)/obj/runtime/version.o: CPPFLAGS += -DLIGHTMOE_VERSION='"$(VERSION)"'
 $(BUILD)/obj/runtime/version.o: $(wildcard $(shell git rev-parse --git-path HEAD --git-path index 2>/dev/null))
@@ -80,6 +102,11 @@ $(BUILD)/lightmoe-bench: $(LIBRARY_OBJECTS) $(call objects,$(BENCH_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lbenchmark $(LDLIBS) -o $@
 $(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call objects,$(TEST_SOURCES))
+	@echo "  LINK $@"
+	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
+# Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
+DEVICE_TEST_SOURCES := $(shell grep -l 'tests/support/devices.h' tests/*.cpp tests/*.cu 2>/dev/null) tests/support/testing.cpp tests/support/main.cpp
+$(BUILD)/device-tests: $(call objects,$(filter runtime/% kernels/%,$(LIBRARY_SOURCES)) $(DEVICE_TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # Each demo/*.cpp is a small program of its own (generators of the demo's data).
@@ -138,7 +165,7 @@ setup:
 cuda:
 	@if [ -z "$(NVCC)" ]; then echo "cuda: no nvcc here, skipped"; \
 	elif [ -z "$(CUDA_SOURCES)" ]; then echo "cuda: no .cu files yet"; \
-	else scripts/check_ptxas.sh "$(NVCC)" $(CUDA_SOURCES); fi
+	else scripts/check_ptxas.sh "$(NVCC)" "$(NVCC_FLAGS)" $(CUDA_SOURCES); fi
 
 clean:
 	rm -rf build

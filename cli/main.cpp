@@ -37,7 +37,7 @@ void add_common(CLI::App& app, Common& common) {
   const std::string group = "Runtime";
   app.add_option("--config", common.config, "read options from a TOML file; flags win")->group(group);
   app.add_flag("--print-config", common.print_config, "print the options as TOML and stop")->group(group);
-  app.add_option("--device", common.device, "cpu; sim and cuda where the build has them")
+  app.add_option("--device", common.device, "cpu; sim (GPU kernels on a simulator); cuda")
       ->group(group)
       ->capture_default_str();
   app.add_option("--threads", common.threads, "threads (0 = all cores)")->group(group)->capture_default_str();
@@ -48,9 +48,10 @@ void add_common(CLI::App& app, Common& common) {
 }
 
 void apply_common(const Common& common) {
-  check(common.device == "cpu" || common.device == "sim" || common.device == "cuda", ErrorKind::kUsage,
-        "--device {}: expected cpu, sim or cuda", common.device);
-  check(common.device == "cpu", ErrorKind::kDevice, "--device {}: this build runs on the cpu only", common.device);
+  const DeviceKind device = device_named(common.device);
+  check(device_available(device), ErrorKind::kDevice, "--device {}: not in this build, or none in this machine",
+        common.device);
+  set_default_device(device);
   check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage, "--threads {}: expected 0 to 4096",
         common.threads);
   if (common.threads > 0) omp_set_num_threads(common.threads);

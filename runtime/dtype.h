@@ -37,7 +37,7 @@ std::string_view name_of(DType dtype);  // "f32", "bf16", ...
 struct bf16 {
   uint16_t bits;
   bf16() = default;
-  explicit bf16(float value) {
+  constexpr explicit bf16(float value) : bits(0) {  // constexpr: also for device code
     const uint32_t u = std::bit_cast<uint32_t>(value);
     if ((u & 0x7fffffffu) > 0x7f800000u) {
       bits = static_cast<uint16_t>((u >> 16) | 0x0040u);  // NaN: keep sign and payload, set quiet
@@ -45,7 +45,7 @@ struct bf16 {
       bits = static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
     }
   }
-  explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  constexpr explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 };
 
 struct f16 {

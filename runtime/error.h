@@ -3,6 +3,9 @@
 // file, tensor, expected and actual, and a hint. Programs print it on one line and exit with
 // exit_code(). Checks stand once, at the door of an op or a file; inside, trust.
 
+#ifdef __CUDACC__
+#define FMT_USE_CONSTEXPR 1  // fmt 9 does not trust nvcc with constexpr, yet keeps the consteval that needs it
+#endif
 #include <fmt/format.h>
 
 #include <stdexcept>

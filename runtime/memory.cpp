@@ -30,6 +30,12 @@ std::array<Account, kNumMemoryCategories> accounts;
 Account total_account;
 thread_local MemoryCategory current_category = MemoryCategory::kActivations;
 
+std::atomic<DeviceKind> current_device{DeviceKind::kCpu};
+std::array<DeviceMemory, kNumDeviceKinds>& device_memory() {
+  static std::array<DeviceMemory, kNumDeviceKinds> table = {};  // filled by static objects of other files
+  return table;
+}
+
 // Blocks of at least kLargeBytes come from mmap in units of a huge page and are cached by size.
 constexpr size_t kLargeBytes = size_t{1} << 20;
 constexpr size_t kHugePageBytes = size_t{2} << 20;
@@ -97,6 +103,16 @@ LargeBlocks& large_blocks() {
   return *blocks;
 }
 
+void* allocate_host(size_t bytes) {
+  const size_t rounded = rounded_size(bytes);
+  if (rounded >= kLargeBytes) return large_blocks().take(rounded);
+  return rounded > 0 ? std::aligned_alloc(64, rounded) : nullptr;
+}
+void release_host(void* data, size_t bytes) {
+  const size_t rounded = rounded_size(bytes);
+  rounded >= kLargeBytes ? large_blocks().give(data, rounded) : std::free(data);
+}
+
 int64_t status_kib(const char* key) {
   std::FILE* file = std::fopen("/proc/self/status", "r");
   if (file == nullptr) return 0;
@@ -118,6 +134,33 @@ std::string_view name_of(DeviceKind device) {
   constexpr std::string_view names[] = {"cpu", "sim", "cuda"};
   return names[static_cast<int>(device)];
 }
+DeviceKind device_named(std::string_view name) {
+  for (int i = 0; i < kNumDeviceKinds; ++i) {
+    if (name_of(static_cast<DeviceKind>(i)) == name) return static_cast<DeviceKind>(i);
+  }
+  fail(ErrorKind::kUsage, "device {}: expected cpu, sim or cuda", name);
+}
+DeviceKind default_device() { return current_device.load(std::memory_order_relaxed); }
+void set_default_device(DeviceKind device) { current_device = device; }
+
+void register_device_memory(DeviceKind device, const DeviceMemory& memory) {
+  device_memory()[static_cast<size_t>(device)] = memory;
+}
+bool device_available(DeviceKind device) {
+  return device != DeviceKind::kCuda || device_memory()[static_cast<size_t>(device)].allocate != nullptr;
+}
+void copy_memory(void* to, DeviceKind to_device, const void* from, DeviceKind from_device, size_t bytes) {
+  if (bytes == 0) return;
+  const DeviceKind foreign = to_device == DeviceKind::kCuda ? to_device : from_device;
+  const auto copy = device_memory()[static_cast<size_t>(foreign)].copy;
+  copy != nullptr ? copy(to, from, bytes) : static_cast<void>(std::memcpy(to, from, bytes));
+}
+void fill_memory(void* data, DeviceKind device, int byte, size_t bytes) {
+  if (bytes == 0) return;
+  const auto fill = device_memory()[static_cast<size_t>(device)].fill;
+  fill != nullptr ? fill(data, byte, bytes) : static_cast<void>(std::memset(data, byte, bytes));
+}
+
 std::string_view name_of(MemoryCategory category) {
   constexpr std::string_view names[] = {"weights", "gradients", "optimizer", "activations", "kv_cache", "scratch"};
   return names[static_cast<int>(category)];
@@ -141,16 +184,12 @@ MemoryScope::~MemoryScope() { current_category = previous_; }
 MemoryCategory MemoryScope::current() { return current_category; }
 
 std::shared_ptr<Buffer> Buffer::allocate(size_t bytes, DeviceKind device, MemoryCategory category) {
-  require(device != DeviceKind::kCuda, "Buffer: this build has no CUDA runtime");
-  const size_t rounded = rounded_size(bytes);
-  void* data = nullptr;
-  if (rounded >= kLargeBytes) {
-    data = large_blocks().take(rounded);
-  } else if (rounded > 0) {
-    data = std::aligned_alloc(64, rounded);
-  }
-  check(data != nullptr || bytes == 0, ErrorKind::kMemory, "out of host memory: {} bytes asked for {}, {} bytes live",
-        bytes, name_of(category), total_account.live.load());
+  check(device_available(device), ErrorKind::kDevice, "device {}: not in this build, or none in this machine",
+        name_of(device));
+  const auto allocate = device_memory()[static_cast<size_t>(device)].allocate;
+  void* data = allocate != nullptr ? allocate(bytes) : allocate_host(bytes);
+  check(data != nullptr || bytes == 0, ErrorKind::kMemory, "out of {} memory: {} bytes asked for {}, {} bytes live",
+        device == DeviceKind::kCuda ? "cuda" : "host", bytes, name_of(category), total_account.live.load());
   std::shared_ptr<Buffer> buffer(new Buffer);
   buffer->data_ = data;
   buffer->bytes_ = bytes;
@@ -158,16 +197,13 @@ std::shared_ptr<Buffer> Buffer::allocate(size_t bytes, DeviceKind device, Memory
   buffer->category_ = category;
   accounts[static_cast<size_t>(category)].add(static_cast<int64_t>(bytes));
   total_account.add(static_cast<int64_t>(bytes));
+  if (device == DeviceKind::kSim) fill_memory(data, device, 0xff, bytes);  // NaN where a kernel reads what nobody wrote
   return buffer;
 }
 
 Buffer::~Buffer() {
-  const size_t rounded = rounded_size(bytes_);
-  if (rounded >= kLargeBytes) {
-    large_blocks().give(data_, rounded);
-  } else {
-    std::free(data_);
-  }
+  const auto release = device_memory()[static_cast<size_t>(device_)].release;
+  release != nullptr ? release(data_, bytes_) : release_host(data_, bytes_);
   accounts[static_cast<size_t>(category_)].live -= static_cast<int64_t>(bytes_);
   total_account.live -= static_cast<int64_t>(bytes_);
 }

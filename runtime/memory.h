@@ -14,7 +14,35 @@ namespace lightmoe {
 
 enum class DeviceKind : uint8_t { kCpu, kSim, kCuda };
 inline constexpr int kNumDeviceKinds = 3;
-std::string_view name_of(DeviceKind device);  // "cpu", "sim", "cuda"
+std::string_view name_of(DeviceKind device);     // "cpu", "sim", "cuda"
+DeviceKind device_named(std::string_view name);  // throws Error(kUsage) for another name
+
+// Device of tensors for which none is named: the program sets it once from --device, tests for a scope.
+DeviceKind default_device();
+void set_default_device(DeviceKind device);
+class DeviceScope {
+ public:
+  explicit DeviceScope(DeviceKind device) : previous_(default_device()) { set_default_device(device); }
+  ~DeviceScope() { set_default_device(previous_); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  DeviceKind previous_;
+};
+
+// Where a device's memory comes from when it is not host memory. cpu is host memory always, sim is unless a checking build
+// registers its own; cuda registers in builds with CUDA (runtime/cuda_memory.cpp) where there is a GPU.
+struct DeviceMemory {
+  void* (*allocate)(size_t bytes);  // null when there is no more
+  void (*release)(void* data, size_t bytes);
+  void (*copy)(void* to, const void* from, size_t bytes);  // to, from or both on the device; complete on return
+  void (*fill)(void* data, int byte, size_t bytes);
+};
+void register_device_memory(DeviceKind device, const DeviceMemory& memory);
+bool device_available(DeviceKind device);
+void copy_memory(void* to, DeviceKind to_device, const void* from, DeviceKind from_device, size_t bytes);
+void fill_memory(void* data, DeviceKind device, int byte, size_t bytes);
 
 enum class MemoryCategory : uint8_t { kWeights, kGradients, kOptimizer, kActivations, kKvCache, kScratch };
 inline constexpr int kNumMemoryCategories = 6;

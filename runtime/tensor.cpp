@@ -84,19 +84,25 @@ Tensor Tensor::to(DType dtype) const {
   t.copy_from(*this);
   return t;
 }
+Tensor Tensor::on(DeviceKind device) const {
+  if (device == device_ || !defined()) return *this;
+  Tensor t = empty(shape_, dtype_, device);
+  t.copy_from(*this);
+  return t;
+}
 void Tensor::copy_from(const Tensor& source) const {
   require(source.shape_ == shape_, "copy_from: {} into {}", source.shape_.str(), shape_.str());
-  require(device_ != DeviceKind::kCuda && source.device_ != DeviceKind::kCuda, "copy_from: host memory only");
   if (numel() == 0) return;
+  const bool on_host = device_ != DeviceKind::kCuda && source.device_ != DeviceKind::kCuda;
   if (dtype_ == source.dtype_) {
-    std::memcpy(data_, source.data_, static_cast<size_t>(bytes()));
-  } else {
+    copy_memory(data_, device_, source.data_, source.device_, static_cast<size_t>(bytes()));
+  } else if (on_host) {
     convert(source.data_, source.dtype_, data_, dtype_, static_cast<size_t>(numel()));
+  } else {
+    copy_from(source.on(DeviceKind::kCpu).to(dtype_));
   }
 }
-void Tensor::fill_zero() const {
-  if (numel() > 0) std::memset(data_, 0, static_cast<size_t>(bytes()));
-}
+void Tensor::fill_zero() const { fill_memory(data_, device_, 0, static_cast<size_t>(bytes())); }
 
 void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape, DType dtype) {
   require(t.defined(), "{}: {} is missing, expected {} {}", op, name, shape.str(), name_of(dtype));

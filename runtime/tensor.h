@@ -37,8 +37,8 @@ class Tensor {
   Tensor() = default;  // undefined
 
   // Uninitialised / zeroed memory booked under the current MemoryScope.
-  static Tensor empty(const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
-  static Tensor zeros(const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
+  static Tensor empty(const Shape& shape, DType dtype, DeviceKind device = default_device());
+  static Tensor zeros(const Shape& shape, DType dtype, DeviceKind device = default_device());
   // Memory owned by somebody else, who must outlive the handle.
   static Tensor borrow(void* data, const Shape& shape, DType dtype, DeviceKind device = DeviceKind::kCpu);
   template <class T>
@@ -67,6 +67,7 @@ class Tensor {
   Tensor row(int64_t i) const;                     // slice without dimension 0
   Tensor clone() const;                            // own memory, current MemoryScope
   Tensor to(DType dtype) const;                    // converted copy (floating types); clone if equal
+  Tensor on(DeviceKind device) const;              // this tensor if it is there, else a copy
   void copy_from(const Tensor& source) const;      // same shape; converts floating dtypes
   void fill_zero() const;
   bool shares_buffer_with(const Tensor& other) const { return buffer_ && buffer_ == other.buffer_; }
@@ -86,7 +87,7 @@ Tensor Tensor::from(const std::vector<T>& values, const Shape& shape) {
   require(static_cast<int64_t>(values.size()) == shape.numel(), "Tensor::from: {} values for {}", values.size(),
           shape.str());
   Tensor t = empty(shape, dtype_of<T>);
-  if (!values.empty()) std::copy(values.begin(), values.end(), t.data<T>());
+  copy_memory(t.data<T>(), t.device(), values.data(), DeviceKind::kCpu, static_cast<size_t>(t.bytes()));
   return t;
 }
 

@@ -1,7 +1,7 @@
 #include "kernels/rms_norm.h"
 
 #include "tests/cases/rms_norm.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -57,9 +57,11 @@ void check_case(const cases::RmsNormCase& c, DType dtype) {
 }
 
 TEST(RmsNorm, MatchesTheEquation) {
-  for (const auto& c : cases::rms_norm) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) check_case(c, dtype);
-  }
+  testing::on_each_device<RmsNorm, RmsNormBackward>([] {
+    for (const auto& c : cases::rms_norm) {
+      for (const DType dtype : testing::floating_dtypes()) check_case(c, dtype);
+    }
+  });
 }
 
 TEST(RmsNorm, GradientCheck) {
@@ -79,7 +81,7 @@ TEST(RmsNorm, GradientCheck) {
   EXPECT_TRUE(testing::gradient_matches(loss, w, dw));
 }
 
-TEST(RmsNorm, WorksInPlaceAndAccumulatesTheWeightGradient) {
+void check_in_place() {
   const Tensor x = random_tensor({9, 40}, DType::kF32, 7), w = random_tensor({40}, DType::kF32, 8);
   const Tensor y = Tensor::empty({9, 40}, DType::kF32), rstd = Tensor::empty({9}, DType::kF32);
   run(RmsNorm{.x = x, .w = w, .y = y, .rstd = rstd});
@@ -98,6 +100,10 @@ TEST(RmsNorm, WorksInPlaceAndAccumulatesTheWeightGradient) {
   std::vector<double> doubled = to_doubles(once);
   for (double& v : doubled) v *= 2;
   EXPECT_TRUE(testing::close(twice, doubled, 1e-6));
+}
+
+TEST(RmsNorm, WorksInPlaceAndAccumulatesTheWeightGradient) {
+  testing::on_each_device<RmsNorm, RmsNormBackward>(check_in_place);
 }
 
 TEST(RmsNorm, RefusesWrongShapes) {

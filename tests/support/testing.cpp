@@ -7,19 +7,19 @@
 
 namespace lightmoe::testing {
 namespace {
-constexpr size_t kGuardBytes = 256;
-constexpr unsigned char kCanary = 0xA5;
+constexpr int64_t kGuardBytes = 256;
+constexpr uint8_t kCanary = 0xA5;
 }  // namespace
 
 Tensor random_tensor(const Shape& shape, DType dtype, uint64_t seed, double stddev) {
-  Tensor values = Tensor::empty(shape, DType::kF64);
+  Tensor values = Tensor::empty(shape, DType::kF64, DeviceKind::kCpu);
   Philox random(seed, 77);
   for (int64_t i = 0; i < values.numel(); ++i) values.data<double>()[i] = stddev * random.normal();
-  if (dtype == DType::kF64) return values;
-  return values.to(dtype);
+  return (dtype == DType::kF64 ? values : values.to(dtype)).on(default_device());
 }
 
-std::vector<double> to_doubles(const Tensor& t) {
+std::vector<double> to_doubles(const Tensor& tensor) {
+  const Tensor t = tensor.on(DeviceKind::kCpu);
   std::vector<double> out(static_cast<size_t>(t.numel()));
   if (out.empty()) return out;
   if (is_floating(t.dtype())) {
@@ -38,23 +38,25 @@ std::vector<double> to_doubles(const Tensor& t) {
 }
 
 Guarded::Guarded(const Shape& shape, DType dtype) {
-  const size_t bytes = static_cast<size_t>(shape.numel()) * size_of(dtype);
-  memory_.assign(bytes + 2 * kGuardBytes + 64, kCanary);
-  const size_t misalignment = reinterpret_cast<uintptr_t>(memory_.data() + kGuardBytes) % 64;
-  unsigned char* start = memory_.data() + kGuardBytes + (64 - misalignment) % 64;
-  tensor_ = Tensor::borrow(start, shape, dtype);
-  std::memset(start, 0xFF, bytes);  // all ones is a NaN in every floating type
+  const int64_t bytes = shape.numel() * static_cast<int64_t>(size_of(dtype));
+  const Tensor host = Tensor::empty({bytes + 2 * kGuardBytes}, DType::kU8, DeviceKind::kCpu);
+  uint8_t* start = host.data<uint8_t>();
+  std::memset(start, kCanary, static_cast<size_t>(host.bytes()));
+  std::memset(start + kGuardBytes, 0xFF, static_cast<size_t>(bytes));  // all ones is a NaN in every floating type
+  memory_ = Tensor::empty(host.shape(), DType::kU8);
+  memory_.copy_from(host);
+  tensor_ = Tensor::borrow(memory_.data<uint8_t>() + kGuardBytes, shape, dtype, memory_.device());
 }
 
 Guarded::~Guarded() {
-  const unsigned char* start = static_cast<const unsigned char*>(tensor_.raw());
-  const unsigned char* end = start + tensor_.bytes();
-  for (const unsigned char* p = memory_.data(); p < memory_.data() + memory_.size(); ++p) {
-    if ((p < start || p >= end) && *p != kCanary) {
-      ADD_FAILURE() << "a kernel wrote " << (p < start ? p - start : p - end) << " bytes outside its output "
-                    << tensor_.shape().str();
-      return;
-    }
+  const Tensor host = memory_.on(DeviceKind::kCpu);
+  const int64_t end = kGuardBytes + tensor_.bytes();
+  for (int64_t i = 0; i < host.numel(); ++i) {
+    const bool inside = i >= kGuardBytes && i < end;
+    if (inside || host.data<uint8_t>()[i] == kCanary) continue;
+    ADD_FAILURE() << "a kernel wrote " << (i < end ? i - kGuardBytes : i - end) << " bytes outside its output "
+                  << tensor_.shape().str();
+    return;
   }
 }
 
@@ -82,7 +84,8 @@ Guarded::~Guarded() {
                                        << expected[where] << ", error " << worst << " over the bound " << bound;
 }
 
-::testing::AssertionResult bits_equal(const Tensor& a, const Tensor& b) {
+::testing::AssertionResult bits_equal(const Tensor& first, const Tensor& second) {
+  const Tensor a = first.on(DeviceKind::kCpu), b = second.on(DeviceKind::kCpu);
   if (!(a.shape() == b.shape()) || a.dtype() != b.dtype()) {
     return ::testing::AssertionFailure() << a.shape().str() << " against " << b.shape().str();
   }

@@ -15,7 +15,7 @@
 namespace lightmoe::testing {
 
 // Normal values of the given standard deviation, rounded to dtype: read them back with to_doubles
-// so that both sides of a comparison see the same numbers.
+// so that both sides of a comparison see the same numbers. Made on the default device (tests/support/devices.h).
 Tensor random_tensor(const Shape& shape, DType dtype, uint64_t seed, double stddev = 1.0);
 std::vector<double> to_doubles(const Tensor& t);
 
@@ -28,8 +28,7 @@ class Guarded {
   const Tensor& tensor() const { return tensor_; }
 
  private:
-  std::vector<unsigned char> memory_;
-  Tensor tensor_;
+  Tensor memory_, tensor_;
 };
 
 // |actual - expected| <= absolute + relative * max|expected|, no NaN where expected has none;
