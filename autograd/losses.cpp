@@ -44,8 +44,8 @@ double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::v
 
 double dot_loss(Tape& tape, const Var& y, const Tensor& weights) {
   require(y.value.dtype() == DType::kF64 && weights.dtype() == DType::kF64 && y.value.shape() == weights.shape(),
-          "dot_loss: y is {} {}, weights {} {}, expected f64 of one shape", y.value.shape().str(),
-          name_of(y.value.dtype()), weights.shape().str(), name_of(weights.dtype()));
+          "dot_loss: y is {} {}, weights {} {}, expected f64 of one shape", y.value.shape(), name_of(y.value.dtype()),
+          weights.shape(), name_of(weights.dtype()));
   double sum = 0;
   for (int64_t i = 0; i < y.value.numel(); ++i) sum += y.value.data<double>()[i] * weights.data<double>()[i];
   if (y.needs_grad()) tape.record([slot = y.grad, weights] { slot->share(weights); });

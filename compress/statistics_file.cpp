@@ -64,7 +64,7 @@ void check_shape(const SafetensorsFile& file, const char* name, const Shape& sha
   const TensorInfo* info = file.find(name);
   check(info != nullptr, ErrorKind::kInput, "{}: tensor \"{}\" is missing", file.path().string(), name);
   check(info->shape.size() == static_cast<size_t>(shape.rank()) && Shape(info->shape) == shape, ErrorKind::kInput,
-        "{}: tensor \"{}\" is [{}], expected {}", file.path().string(), name, joined(info->shape, ", "), shape.str());
+        "{}: tensor \"{}\" is [{}], expected {}", file.path().string(), name, joined(info->shape, ", "), shape);
 }
 
 Tensor read_checked(const SafetensorsFile& file, const char* name, const Shape& shape, DType dtype) {

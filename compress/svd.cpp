@@ -132,7 +132,7 @@ LowRank subspace_iteration(const Tensor& w, int64_t rank, uint64_t seed) {
 }  // namespace
 
 LowRank best_low_rank(const Tensor& w, int64_t rank, uint64_t seed) {
-  require(w.rank() == 2 && rank >= 0, "best_low_rank: {} to rank {}", w.shape().str(), rank);
+  require(w.rank() == 2 && rank >= 0, "best_low_rank: {} to rank {}", w.shape(), rank);
   const Tensor x = w.to(DType::kF64);
   const int64_t m = x.dim(0), n = x.dim(1);
   if (std::min(m, n) > kJacobiWidth && rank + kOversample < std::min(m, n)) return subspace_iteration(x, rank, seed);

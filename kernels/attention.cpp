@@ -194,11 +194,11 @@ const RegisterKernel<Attention> register_forward{DeviceKind::kCpu, &forward_cpu}
 template <class Op>
 void check_inputs(const Op& op, const char* name) {
   require(op.head_dim > 0, "{}: head_dim is {}", name, op.head_dim);
-  require(op.q.rank() == 2 && op.q.dim(1) % op.head_dim == 0, "{}: q is {}, expected [Tq, H*{}]", name,
-          op.q.shape().str(), op.head_dim);
+  require(op.q.rank() == 2 && op.q.dim(1) % op.head_dim == 0, "{}: q is {}, expected [Tq, H*{}]", name, op.q.shape(),
+          op.head_dim);
   require(op.k.rank() == 2 && op.k.dim(1) % op.head_dim == 0 && op.k.dim(1) > 0 && op.q.dim(1) % op.k.dim(1) == 0,
-          "{}: k is {}, expected [Tk, Hkv*{}] with Hkv dividing H of q {}", name, op.k.shape().str(), op.head_dim,
-          op.q.shape().str());
+          "{}: k is {}, expected [Tk, Hkv*{}] with Hkv dividing H of q {}", name, op.k.shape(), op.head_dim,
+          op.q.shape());
   require_tensor(op.v, name, "v", op.k.shape(), op.k.dtype());
   require_tensor(op.out, name, "out", op.q.shape(), op.q.dtype());
 }
@@ -206,7 +206,7 @@ void check_inputs(const Op& op, const char* name) {
 template <class Op>
 void check_sequences(const Op& op, const char* name) {
   const AttentionSequences& s = op.sequences;
-  require(s.k_begin.rank() == 1, "{}: k_begin is {}, expected [N]", name, s.k_begin.shape().str());
+  require(s.k_begin.rank() == 1, "{}: k_begin is {}, expected [N]", name, s.k_begin.shape());
   const Shape shape{s.k_begin.dim(0)};
   require_tensor(s.q_begin, name, "q_begin", {s.k_begin.dim(0) + 1}, DType::kI32);
   require_tensor(s.k_begin, name, "k_begin", shape, DType::kI32);

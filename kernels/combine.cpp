@@ -143,7 +143,7 @@ const RegisterKernel<ExpandPairs> register_expand_pairs{DeviceKind::kCpu, &expan
 const RegisterKernel<Combine> register_combine{DeviceKind::kCpu, &combine_cpu};
 
 void require_matrix(const Tensor& t, const char* op, const char* name) {
-  require(t.rank() == 2, "{}: {} is {}, expected a matrix", op, name, t.shape().str());
+  require(t.rank() == 2, "{}: {} is {}, expected a matrix", op, name, t.shape());
 }
 
 void require_indices(const Tensor& t, const char* op, const char* name, const Shape& shape, int64_t limit) {

@@ -192,7 +192,7 @@ const RegisterKernel<LabelScores> register_scores{DeviceKind::kCpu, &label_score
 template <class Op>
 void check_inputs(const Op& op, const char* name) {
   require(op.x.defined() && op.x.rank() == 2 && op.w.defined() && op.w.rank() == 2 && op.w.dim(1) == op.x.dim(1),
-          "{}: x {} and w {}, expected [T,D] and [V,D]", name, op.x.shape().str(), op.w.shape().str());
+          "{}: x {} and w {}, expected [T,D] and [V,D]", name, op.x.shape(), op.w.shape());
   require((op.x.dtype() == DType::kF64) == (op.w.dtype() == DType::kF64), "{}: x {} and w {}", name,
           name_of(op.x.dtype()), name_of(op.w.dtype()));
   require_tensor(op.labels, name, "labels", {op.x.dim(0)}, DType::kI32);

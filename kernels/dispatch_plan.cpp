@@ -140,7 +140,7 @@ class Planner {
 }  // namespace
 
 DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>& group_of_slot, int64_t num_groups) {
-  require(slots.rank() == 2, "dispatch_plan: slots is {}, expected [T, K]", slots.shape().str());
+  require(slots.rank() == 2, "dispatch_plan: slots is {}, expected [T, K]", slots.shape());
   require_tensor(slots, "dispatch_plan", "slots", slots.shape(), DType::kI32);
   require(slots.numel() <= INT32_MAX, "dispatch_plan: {} pairs do not fit 32-bit indices", slots.numel());
   for (size_t s = 0; s < group_of_slot.size(); ++s) {

@@ -78,8 +78,8 @@ void check_ids(const Tensor& ids, int64_t vocabulary) {
 }  // namespace
 
 void run(const Embedding& op) {
-  require(op.table.rank() == 2, "embedding: table is {}, expected [V, D]", op.table.shape().str());
-  require(op.ids.rank() == 1, "embedding: ids is {}, expected [T]", op.ids.shape().str());
+  require(op.table.rank() == 2, "embedding: table is {}, expected [V, D]", op.table.shape());
+  require(op.ids.rank() == 1, "embedding: ids is {}, expected [T]", op.ids.shape());
   require_tensor(op.ids, "embedding", "ids", op.ids.shape(), DType::kI32);
   require_tensor(op.y, "embedding", "y", {op.ids.dim(0), op.table.dim(1)}, op.y.dtype());
   check_ids(op.ids, op.table.dim(0));
@@ -87,8 +87,8 @@ void run(const Embedding& op) {
 }
 
 void run(const EmbeddingBackward& op) {
-  require(op.dtable.rank() == 2, "embedding_backward: dtable is {}, expected [V, D]", op.dtable.shape().str());
-  require(op.ids.rank() == 1, "embedding_backward: ids is {}, expected [T]", op.ids.shape().str());
+  require(op.dtable.rank() == 2, "embedding_backward: dtable is {}, expected [V, D]", op.dtable.shape());
+  require(op.ids.rank() == 1, "embedding_backward: ids is {}, expected [T]", op.ids.shape());
   require_tensor(op.ids, "embedding_backward", "ids", op.ids.shape(), DType::kI32);
   require_tensor(op.dy, "embedding_backward", "dy", {op.ids.dim(0), op.dtable.dim(1)}, op.dy.dtype());
   check_ids(op.ids, op.dtable.dim(0));

@@ -20,13 +20,13 @@ void check_dtypes(const char* op, const Tensor& a, const Tensor& b, const Tensor
 }
 
 void check_matrix(const char* op, const char* name, const Tensor& t) {
-  require(t.defined() && t.rank() == 2, "{}: {} is {}, expected a matrix", op, name,
-          t.defined() ? t.shape().str() : "missing");
+  require(t.defined(), "{}: {} is missing, expected a matrix", op, name);
+  require(t.rank() == 2, "{}: {} is {}, expected a matrix", op, name, t.shape());
 }
 
 void check_window(const char* op, const char* name, const Tensor& t, int64_t column, int64_t width) {
   require(column >= 0 && column + width <= t.dim(1), "{}: columns [{}, {}) of {} {}", op, column, column + width, name,
-          t.shape().str());
+          t.shape());
 }
 
 bool on_host(const Tensor& t) { return t.device() != DeviceKind::kCuda; }
@@ -43,16 +43,15 @@ void check_offsets(const char* op, const Tensor& offsets, size_t groups, int64_t
 // R rows taken from t: identity, or an index list inside t.
 void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& rows, int64_t count) {
   if (!rows.defined()) {
-    require(count <= t.dim(0), "{}: {} rows of {} {}", op, count, name, t.shape().str());
+    require(count <= t.dim(0), "{}: {} rows of {} {}", op, count, name, t.shape());
     return;
   }
   require(rows.rank() == 1 && rows.dim(0) >= count && rows.dtype() == DType::kI32,
-          "{}: row list of {} is {} {}, expected [{}] i32", op, name, rows.shape().str(), name_of(rows.dtype()), count);
+          "{}: row list of {} is {} {}, expected [{}] i32", op, name, rows.shape(), name_of(rows.dtype()), count);
   if (!on_host(rows)) return;
   const int32_t* r = rows.data<int32_t>();
   for (int64_t i = 0; i < count; ++i) {
-    require(r[i] >= 0 && r[i] < t.dim(0), "{}: row {} of the list is {}, outside {} {}", op, i, r[i], name,
-            t.shape().str());
+    require(r[i] >= 0 && r[i] < t.dim(0), "{}: row {} of the list is {}, outside {} {}", op, i, r[i], name, t.shape());
   }
 }
 
@@ -190,8 +189,8 @@ void run(const Gemm& op) {
   desc.trans_a = op.trans_a, desc.trans_b = op.trans_b;
   desc.m = op.c.dim(0), desc.n = op.b.dim(op.trans_b ? 0 : 1), desc.k = op.b.dim(op.trans_b ? 1 : 0);
   const int64_t a_rows = op.trans_a ? desc.k : desc.m;
-  require(op.a.dim(0) == a_rows, "gemm: a is {}, expected {} rows for b {}{} and c {}", op.a.shape().str(), a_rows,
-          op.b.shape().str(), op.trans_b ? "^T" : "", op.c.shape().str());
+  require(op.a.dim(0) == a_rows, "gemm: a is {}, expected {} rows for b {}{} and c {}", op.a.shape(), a_rows,
+          op.b.shape(), op.trans_b ? "^T" : "", op.c.shape());
   check_window("gemm", "a", op.a, op.a_column, op.trans_a ? desc.m : desc.k);
   check_window("gemm", "c", op.c, op.c_column, desc.n);
   pick_gemm(desc).dense(op);

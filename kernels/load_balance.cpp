@@ -119,12 +119,12 @@ void check_layers(const Op& op, const char* name) {
   require(!op.probs.empty() && op.probs.size() == op.slots.size(), "{}: {} layers of probs, {} of slots", name,
           op.probs.size(), op.slots.size());
   const Tensor& first = op.probs[0];
-  require(first.rank() == 2, "{}: probs is {}, expected [T, E]", name, first.shape().str());
+  require(first.rank() == 2, "{}: probs is {}, expected [T, E]", name, first.shape());
   require(first.dtype() == DType::kF32 || first.dtype() == DType::kF64, "{}: probs is {}, expected f32 or f64", name,
           name_of(first.dtype()));
   for (size_t layer = 0; layer < op.probs.size(); ++layer) {
     require_tensor(op.probs[layer], name, "probs", first.shape(), first.dtype());
-    require(op.slots[layer].rank() == 2, "{}: slots is {}, expected [T, K]", name, op.slots[layer].shape().str());
+    require(op.slots[layer].rank() == 2, "{}: slots is {}, expected [T, K]", name, op.slots[layer].shape());
     require_tensor(op.slots[layer], name, "slots", {first.dim(0), op.slots[layer].dim(1)}, DType::kI32);
   }
   if (op.mask.defined()) require_tensor(op.mask, name, "mask", {first.dim(0)}, DType::kU8);

@@ -51,7 +51,7 @@ const RegisterKernel<MergeSlotsBackward> register_backward{DeviceKind::kCpu, &ba
 }  // namespace
 
 void run(const MergeSlots& op) {
-  require(op.slots.rank() == 2, "merge_slots: slots is {}, expected [T, K]", op.slots.shape().str());
+  require(op.slots.rank() == 2, "merge_slots: slots is {}, expected [T, K]", op.slots.shape());
   const Shape shape = op.slots.shape();
   require_tensor(op.slots, "merge_slots", "slots", shape, DType::kI32);
   require_tensor(op.lane_of_slot, "merge_slots", "lane_of_slot", {op.lane_of_slot.dim(0)}, DType::kI32);
@@ -63,7 +63,7 @@ void run(const MergeSlots& op) {
 }
 
 void run(const MergeSlotsBackward& op) {
-  require(op.first.rank() == 2, "merge_slots_backward: first is {}, expected [T, K]", op.first.shape().str());
+  require(op.first.rank() == 2, "merge_slots_backward: first is {}, expected [T, K]", op.first.shape());
   const DType dtype = op.dgates.dtype() == DType::kF64 ? DType::kF64 : DType::kF32;
   require_tensor(op.dmerged, "merge_slots_backward", "dmerged", op.first.shape(), dtype);
   require_tensor(op.dgates, "merge_slots_backward", "dgates", op.first.shape(), dtype);

@@ -83,7 +83,7 @@ const RegisterKernel<RmsNormBackward> register_backward{DeviceKind::kCpu, &backw
 }  // namespace
 
 void run(const RmsNorm& op) {
-  require(op.x.rank() == 2, "rms_norm: x is {}, expected [T, N]", op.x.shape().str());
+  require(op.x.rank() == 2, "rms_norm: x is {}, expected [T, N]", op.x.shape());
   require_tensor(op.w, "rms_norm", "w", {op.x.dim(1)}, op.w.dtype());
   require_tensor(op.y, "rms_norm", "y", op.x.shape(), op.x.dtype());
   if (op.rstd.defined()) require_tensor(op.rstd, "rms_norm", "rstd", {op.x.dim(0)}, accumulator_of(op.x.dtype()));
@@ -91,7 +91,7 @@ void run(const RmsNorm& op) {
 }
 
 void run(const RmsNormBackward& op) {
-  require(op.x.rank() == 2, "rms_norm_backward: x is {}, expected [T, N]", op.x.shape().str());
+  require(op.x.rank() == 2, "rms_norm_backward: x is {}, expected [T, N]", op.x.shape());
   const DType accumulator = accumulator_of(op.x.dtype());
   require_tensor(op.w, "rms_norm_backward", "w", {op.x.dim(1)}, op.w.dtype());
   require_tensor(op.rstd, "rms_norm_backward", "rstd", {op.x.dim(0)}, accumulator);

@@ -83,7 +83,7 @@ const RegisterKernel<Rope> register_rope{DeviceKind::kCpu, &rotate_cpu};
 
 void run(const Rope& op) {
   require(op.head_dim > 0 && op.head_dim % 2 == 0, "rope: head_dim is {}, expected an even number", op.head_dim);
-  require(op.x.rank() == 2 && op.x.dim(1) % op.head_dim == 0, "rope: x is {}, expected [T, H*{}]", op.x.shape().str(),
+  require(op.x.rank() == 2 && op.x.dim(1) % op.head_dim == 0, "rope: x is {}, expected [T, H*{}]", op.x.shape(),
           op.head_dim);
   require_tensor(op.positions, "rope", "positions", {op.x.dim(0)}, DType::kI32);
   require_tensor(op.y, "rope", "y", op.x.shape(), op.x.dtype());

@@ -236,8 +236,8 @@ const RegisterKernel<RouterBackward> register_backward{DeviceKind::kCpu, &backwa
 }  // namespace
 
 void run(const Router& op) {
-  require(op.x.rank() == 2, "router: x is {}, expected [T, D]", op.x.shape().str());
-  require(op.w.rank() == 2, "router: w is {}, expected [E, D]", op.w.shape().str());
+  require(op.x.rank() == 2, "router: x is {}, expected [T, D]", op.x.shape());
+  require(op.w.rank() == 2, "router: w is {}, expected [E, D]", op.w.shape());
   const int64_t rows = op.x.dim(0), count = op.w.dim(0);
   const DType accumulator = accumulator_of(op.x.dtype());
   require_tensor(op.w, "router", "w", {count, op.x.dim(1)}, op.w.dtype());
@@ -258,14 +258,14 @@ void run(const Router& op) {
 
 void run(const RouterBackward& op) {
   require(op.x.rank() == 2 && op.w.rank() == 2, "router_backward: x is {}, w is {}, expected [T, D] and [E, D]",
-          op.x.shape().str(), op.w.shape().str());
+          op.x.shape(), op.w.shape());
   const int64_t rows = op.x.dim(0), width = op.x.dim(1), count = op.w.dim(0);
   const DType accumulator = accumulator_of(op.x.dtype());
   require_tensor(op.w, "router_backward", "w", {count, width}, op.w.dtype());
   require_tensor(op.probs, "router_backward", "probs", {rows, count}, accumulator);
   if (op.dprobs.defined()) require_tensor(op.dprobs, "router_backward", "dprobs", {rows, count}, accumulator);
   if (op.dgates.defined()) {
-    require(op.slots.rank() == 2, "router_backward: slots is {}, expected [T, K]", op.slots.shape().str());
+    require(op.slots.rank() == 2, "router_backward: slots is {}, expected [T, K]", op.slots.shape());
     require_tensor(op.slots, "router_backward", "slots", {rows, op.slots.dim(1)}, DType::kI32);
     require_tensor(op.dgates, "router_backward", "dgates", op.slots.shape(), accumulator);
   }

@@ -70,13 +70,13 @@ const RegisterKernel<SwiGluBackward> register_backward{DeviceKind::kCpu, &backwa
 }  // namespace
 
 void run(const SwiGlu& op) {
-  require(op.h.rank() == 2 && op.h.dim(1) % 2 == 0, "swiglu: h is {}, expected [P, 2F]", op.h.shape().str());
+  require(op.h.rank() == 2 && op.h.dim(1) % 2 == 0, "swiglu: h is {}, expected [P, 2F]", op.h.shape());
   require_tensor(op.a, "swiglu", "a", {op.h.dim(0), op.h.dim(1) / 2}, op.h.dtype());
   dispatch(op, op.h.device(), "swiglu");
 }
 
 void run(const SwiGluBackward& op) {
-  require(op.h.rank() == 2 && op.h.dim(1) % 2 == 0, "swiglu_backward: h is {}, expected [P, 2F]", op.h.shape().str());
+  require(op.h.rank() == 2 && op.h.dim(1) % 2 == 0, "swiglu_backward: h is {}, expected [P, 2F]", op.h.shape());
   const Shape half{op.h.dim(0), op.h.dim(1) / 2};
   require_tensor(op.da, "swiglu_backward", "da", half, op.h.dtype());
   require_tensor(op.dh, "swiglu_backward", "dh", op.h.shape(), op.h.dtype());

@@ -172,7 +172,7 @@ void SafetensorsFile::read_rows(const TensorInfo& info, int64_t first_row, const
               first_row <= info.shape[0] && out.dim(0) <= info.shape[0] - first_row;
   for (size_t i = 1; fits && i < info.shape.size(); ++i) fits = out.dim(static_cast<int>(i)) == info.shape[i];
   check(fits, ErrorKind::kInput, "{}: shape {}, asked for rows {}..{} as {}", state_->where(info),
-        shape_text(info.shape), first_row, first_row + (out.rank() > 0 ? out.dim(0) : 0), out.shape().str());
+        shape_text(info.shape), first_row, first_row + (out.rank() > 0 ? out.dim(0) : 0), out.shape());
   const int64_t row = info.shape[0] == 0 ? 0 : info.numel() / info.shape[0];
   state_->read_elements(info, first_row * row, out.numel(), out.raw(), out.dtype());
 }

@@ -166,7 +166,7 @@ void SafetensorsWriter::write(const std::string& name, const Tensor& tensor) {
           "SafetensorsWriter: \"{}\" is out of order or incomplete before it", name);
   const TensorSpec& spec = s.specs[s.current];
   require(tensor.defined() && Shape(spec.shape) == tensor.shape(), "SafetensorsWriter: \"{}\" is {}, announced as {}",
-          name, tensor.shape().str(), shape_text(spec.shape));
+          name, tensor.shape(), shape_text(spec.shape));
   if (tensor.dtype() == spec.dtype) return append_raw(tensor.raw(), static_cast<size_t>(tensor.bytes()));
   const int64_t from_size = static_cast<int64_t>(size_of(tensor.dtype())),
                 to_size = static_cast<int64_t>(size_of(spec.dtype));

@@ -119,7 +119,8 @@ CheckpointStore::CheckpointStore(const CheckpointOptions& options, Warn warn)
     ::close(lock_);
     fail(ErrorKind::kUsage, "{}: another process is training there", directory.string());
   }
-  struct stat held {}, named {};
+  struct stat held {
+  }, named{};
   const bool is_there = ::fstat(lock_, &held) == 0 && ::stat((directory / ".lock").c_str(), &named) == 0;
   check(is_there && held.st_ino == named.st_ino, ErrorKind::kUsage, "{}: another process just left; try again",
         directory.string());
@@ -178,7 +179,7 @@ void CheckpointStore::restore(const Found& found, Optimizer& optimizer) {
     const TensorInfo* info = file.find(name);
     check(info != nullptr, ErrorKind::kResume, "{}: tensor \"{}\" is missing", file.path().string(), name);
     check(info->shape == dims(like), ErrorKind::kResume, "{}: tensor \"{}\": shape {}, expected {}",
-          file.path().string(), name, Shape(info->shape).str(), like.shape().str());
+          file.path().string(), name, Shape(info->shape), like.shape());
     return info;
   };
   // All checks before the first weight changes.

@@ -148,7 +148,7 @@ Fingerprint make_fingerprint(const std::vector<ParameterPtr>& parameters, const 
   Digest trained, frozen;
   for (const ParameterPtr& p : parameters) {
     (p->trainable ? trained : frozen)
-        .add(fmt::format("{} {} {}", p->name, p->value.shape().str(), name_of(p->value.dtype())));
+        .add(fmt::format("{} {} {}", p->name, p->value.shape(), name_of(p->value.dtype())));
     if (!p->trainable) {
       frozen.add(p->value.raw(), static_cast<size_t>(p->value.bytes()));
     } else if (options.optimizer.rule) {

@@ -51,14 +51,18 @@ Tensor Tensor::borrow(void* data, const Shape& shape, DType dtype, DeviceKind de
   return t;
 }
 
+void Tensor::fail_dtype(DType asked) const {
+  fail(ErrorKind::kInternal, "Tensor {}: holds {}, read as {}", shape_, name_of(dtype_), name_of(asked));
+}
+
 Tensor Tensor::reshape(const Shape& shape) const {
-  require(shape.numel() == numel(), "reshape: {} to {}", shape_.str(), shape.str());
+  require(shape.numel() == numel(), "reshape: {} to {}", shape_, shape);
   Tensor t = *this;
   t.shape_ = shape;
   return t;
 }
 Tensor Tensor::slice(int64_t begin, int64_t end) const {
-  require(rank() > 0 && 0 <= begin && begin <= end && end <= dim(0), "slice: [{}, {}) of {}", begin, end, shape_.str());
+  require(rank() > 0 && 0 <= begin && begin <= end && end <= dim(0), "slice: [{}, {}) of {}", begin, end, shape_);
   std::vector<int64_t> dims;
   for (int i = 0; i < rank(); ++i) dims.push_back(i == 0 ? end - begin : dim(i));
   const int64_t row_bytes = dim(0) == 0 ? 0 : bytes() / dim(0);
@@ -91,7 +95,7 @@ Tensor Tensor::on(DeviceKind device) const {
   return t;
 }
 void Tensor::copy_from(const Tensor& source) const {
-  require(source.shape_ == shape_, "copy_from: {} into {}", source.shape_.str(), shape_.str());
+  require(source.shape_ == shape_, "copy_from: {} into {}", source.shape_, shape_);
   if (numel() == 0) return;
   const bool on_host = device_ != DeviceKind::kCuda && source.device_ != DeviceKind::kCuda;
   if (dtype_ == source.dtype_) {
@@ -105,9 +109,9 @@ void Tensor::copy_from(const Tensor& source) const {
 void Tensor::fill_zero() const { fill_memory(data_, device_, 0, static_cast<size_t>(bytes())); }
 
 void require_tensor(const Tensor& t, const char* op, const char* name, const Shape& shape, DType dtype) {
-  require(t.defined(), "{}: {} is missing, expected {} {}", op, name, shape.str(), name_of(dtype));
-  require(t.shape() == shape && t.dtype() == dtype, "{}: {} is {} {}, expected {} {}", op, name, t.shape().str(),
-          name_of(t.dtype()), shape.str(), name_of(dtype));
+  require(t.defined(), "{}: {} is missing, expected {} {}", op, name, shape, name_of(dtype));
+  require(t.shape() == shape && t.dtype() == dtype, "{}: {} is {} {}, expected {} {}", op, name, t.shape(),
+          name_of(t.dtype()), shape, name_of(dtype));
 }
 
 }  // namespace lightmoe
