@@ -136,6 +136,7 @@ void read_own_settings(TomlReader& root, const std::string& name, const toml::no
   if (!node.is_table()) root.fail_at("method", fmt::format("method.{} is not a table", name));
   TomlReader in(*node.as_table(), root.file(), "method." + name);
   in.read("method", method.method);
+  in.read("note", method.note);
   in.read("lr_scale", scales.lr);
   read_training(in, method.training);
   read_method_options(in, method.options);

@@ -39,6 +39,7 @@ struct RecipeTask {
 struct RecipeMethod {
   std::string name;    // in the report; [method.NAME] may set the rest
   std::string method;  // in the registry
+  std::string note;    // stands under the report's tables
   MethodOptions options;
   RecipeTraining training;
   std::vector<double> ratios;  // empty: the method takes no budget

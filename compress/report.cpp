@@ -88,6 +88,19 @@ ReportRow row_of(const Report& report, const std::string& method, double ratio) 
   return row;
 }
 
+double mean_loss(const std::vector<TrainedStep>& curve, size_t begin, size_t end) {
+  std::vector<double> losses;
+  for (size_t i = begin; i < std::min(end, curve.size()); ++i) losses.push_back(curve[i].loss);
+  return mean_of(losses);
+}
+// The highest mean of `window` steps in a row: how bad training got on its way.
+double highest_loss(const std::vector<TrainedStep>& curve, size_t window) {
+  double highest = mean_loss(curve, 0, window);
+  for (size_t i = 1; i + window <= curve.size(); ++i) highest = std::max(highest, mean_loss(curve, i, i + window));
+  return highest;
+}
+Json number_or_null(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
+
 std::string number(double value) { return std::isfinite(value) ? fmt::format("{:.4g}", value) : "-"; }
 
 }  // namespace
@@ -101,6 +114,21 @@ std::string cell_text(const ReportTask* task, const ReportCell& cell) {
   std::string text = fmt::format("{:.1f}", 100 * cell.mean);
   if (cell.deviation) text += fmt::format(" ± {:.1f}", 100 * *cell.deviation);
   return text;
+}
+
+std::string versions_text(const Report& report) {
+  std::map<std::string, int64_t> runs;
+  for (const RunResult& run : report.runs) {
+    for (const std::string& version : run.versions) ++runs[version];
+    if (run.versions.empty()) ++runs["an unknown version"];
+  }
+  if (runs.size() == 1 && runs.begin()->first == report.version) return "computed and written by " + report.version;
+  std::string text;
+  for (const auto& [version, count] : runs) {
+    text += (text.empty() ? "computed by " : ", ") + version;
+    if (runs.size() > 1) text += fmt::format(" ({} run{})", count, count == 1 ? "" : "s");
+  }
+  return text + (text.empty() ? "" : "; ") + "written by " + report.version;
 }
 
 std::vector<ReportRow> report_rows(const Report& report, const std::vector<std::pair<std::string, double>>& keys) {
@@ -126,6 +154,7 @@ Report make_report(const Recipe& recipe, std::vector<RunResult> results) {
   std::vector<std::pair<std::string, double>> keys;
   for (const RecipeMethod& method : recipe.methods) {
     report.method_order.push_back(method.name);
+    if (!method.note.empty()) report.notes.push_back(method.name + ": " + method.note);
     for (const double ratio : method.ratios.empty() ? std::vector<double>{0} : method.ratios)
       keys.emplace_back(method.name, ratio);
   }
@@ -144,7 +173,7 @@ std::string to_markdown(const Report& report) {
                          task.share ? " %" : "", task.test_records);
   }
   text += "Tasks: " + names + ". ± is the standard deviation over seeds. Made by `lightmoe run " + report.recipe_file +
-          "` (" + report.version + ").\n\n| removed | method |";
+          "` (" + versions_text(report) + ").\n\n| removed | method |";
   for (const ReportTask& task : report.tasks) text += fmt::format(" {} |", task.title);
   text += " average | parameters | size | prefill tok/s | decode tok/s |\n|---|---|";
   for (size_t i = 0; i < report.tasks.size() + 5; ++i) text += "---:|";
@@ -158,6 +187,7 @@ std::string to_markdown(const Report& report) {
                         human_bytes(static_cast<int64_t>(row.file_bytes)));
     text += row.decode > 0 ? fmt::format(" {:.0f} | {:.0f} |\n", row.prefill, row.decode) : std::string(" - | - |\n");
   }
+  for (const std::string& note : report.notes) text += "\n" + note + "\n";
   return text;
 }
 
@@ -195,10 +225,16 @@ Json to_json(const Report& report) {
   for (const RunResult& run : report.runs) {
     Json json = to_json(run);
     json.erase("curve");  // stands in the run's own result.json
+    if (!run.curve.empty()) {
+      const size_t n = run.curve.size();
+      json["train_loss"] = {{"first_5_steps", number_or_null(mean_loss(run.curve, 0, 5))},
+                            {"highest_5_steps", number_or_null(highest_loss(run.curve, 5))},
+                            {"last_eighth", number_or_null(mean_loss(run.curve, n - (n + 7) / 8, n))}};
+    }
     runs.push_back(std::move(json));
   }
   return {{"title", report.title},
-          {"version", report.version},
+          {"written_by", report.version},
           {"model", report.model},
           {"recipe", report.recipe_file},
           {"original_parameters", report.original_parameters},

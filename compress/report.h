@@ -38,13 +38,16 @@ struct ReportTask {
 };
 
 struct Report {
-  std::string title, model, version, recipe_file, recipe_text;
+  std::string title, model;
+  std::string version;  // that writes the report; what it reports may come from others
+  std::string recipe_file, recipe_text;
   int64_t original_parameters = 0, num_layers = 0, num_slots = 0;
   double original_bytes = 0;
   std::vector<ReportTask> tasks;
   std::vector<ReportRow> rows;  // by ratio, then as in the recipe
   std::vector<RunResult> runs;
   std::vector<std::string> method_order;
+  std::vector<std::string> notes;  // "method: what the recipe says about it"
 };
 
 // One row per (method, ratio), averaged over report.runs.
@@ -60,5 +63,8 @@ void write_report(const Report& report, const std::filesystem::path& directory);
 // "97.5", "97.5 ± 0.4", "0.0123": a cell as people read it.
 std::string cell_text(const ReportTask* task, const ReportCell& cell);
 std::string ratio_text(double ratio);  // "50 %", "-"
+// Which versions of the program made the results, and which wrote the report: "computed and written by 1a2b3c4",
+// "computed by 1a2b3c4 (12 runs), 5d6e7f8 (3 runs); written by 5d6e7f8".
+std::string versions_text(const Report& report);
 
 }  // namespace lightmoe

@@ -256,10 +256,10 @@ std::string to_html(const Report& report) {
       escape_markup(report.title), kStyle);
   html += fmt::format(
       "<h1>{}</h1>\n<p class=\"soft\">{}: {} parameters, {} layers of {} experts, {} of weights. Made by "
-      "<code>lightmoe run {}</code>, version {}.</p>\n",
+      "<code>lightmoe run {}</code>, {}.</p>\n",
       escape_markup(report.title), escape_markup(report.model), human_count(report.original_parameters),
       report.num_layers, report.num_slots, human_bytes(static_cast<int64_t>(report.original_bytes)),
-      escape_markup(report.recipe_file), escape_markup(report.version));
+      escape_markup(report.recipe_file), escape_markup(versions_text(report)));
   html += tiles(report);
   std::string measures;
   for (const ReportTask& task : report.tasks) {
@@ -271,8 +271,9 @@ std::string to_html(const Report& report) {
       "standard deviation over seeds, bold the "
       "best of its ratio.</p>\n",
       escape_markup(measures));
-  html += quality_table(report) + quality_section(report) + heat_section(report) + training_section(report) +
-          cost_table(report);
+  html += quality_table(report);
+  for (const std::string& note : report.notes) html += "<p class=\"soft\">" + escape_markup(note) + "</p>\n";
+  html += quality_section(report) + heat_section(report) + training_section(report) + cost_table(report);
   html += fmt::format("<h2>The recipe</h2>\n<details><summary>{}</summary><pre>{}</pre></details>\n",
                       escape_markup(report.recipe_file), escape_markup(report.recipe_text));
   return html + "</main></body></html>\n";

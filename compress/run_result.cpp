@@ -34,6 +34,7 @@ Json to_json(const RunResult& r) {
           {"ratio", r.ratio},
           {"seed", r.seed},
           {"key", r.key},
+          {"versions", r.versions},
           {"parameters", r.parameters},
           {"original_parameters", r.original_parameters},
           {"trainable", r.trainable},
@@ -62,6 +63,7 @@ RunResult result_from_json(const Json& json, const std::string& name) {
     r.ratio = json.at("ratio").get<double>();
     r.seed = json.at("seed").get<int64_t>();
     r.key = json.at("key").get<std::string>();
+    r.versions = json.value("versions", std::vector<std::string>{});  // older results have none
     r.parameters = json.at("parameters").get<int64_t>();
     r.original_parameters = json.at("original_parameters").get<int64_t>();
     r.trainable = json.at("trainable").get<int64_t>();

@@ -29,6 +29,8 @@ struct RunResult {
   double ratio = 0;          // asked for; 0 = none
   int64_t seed = 0;
   std::string key;  // of everything the result depends on
+  // Of the program, in the stages it came from (compress, train, evaluate), each once; a resumed recipe may have had several.
+  std::vector<std::string> versions;
   // size
   int64_t parameters = 0, original_parameters = 0, trainable = 0, rank = 0;
   int64_t file_bytes = 0;  // of the tensors on disk

@@ -11,6 +11,7 @@
 #include "loaders/output.h"
 #include "model/eval.h"
 #include "model/training_data.h"
+#include "runtime/version.h"
 
 namespace lightmoe {
 namespace {
@@ -63,6 +64,11 @@ Json to_json(const MethodOptions& o) {
           {"init", name_of(o.adapter_init)},
           {"std", o.adapter_std},
           {"seed", o.seed}};
+}
+
+void add_version(RunResult& result, const std::string& version) {
+  if (std::find(result.versions.begin(), result.versions.end(), version) == result.versions.end())
+    result.versions.push_back(version);
 }
 
 // The steps of a training log.
@@ -230,7 +236,8 @@ bool Stages::train_back(const RunPlan& plan, const fs::path& directory, const Re
                         {"seconds", trained.seconds},
                         {"tokens", trained.tokens},
                         {"validation_loss", trained.eval_loss ? Json(*trained.eval_loss) : Json(nullptr)},
-                        {"peak_bytes", memory_use_total().peak_bytes}};
+                        {"peak_bytes", memory_use_total().peak_bytes},
+                        {"version", version()}};
   recovery.finish();
   recovery.save(output.path(), saved_dtype(), summary);
   output.commit();
@@ -279,6 +286,8 @@ void Stages::fill_training(const fs::path& directory, RunResult& result) const {
   result.trainable = record.trainable_parameters;
   result.rank = record.rank;
   const Json recovery = read_json_file((directory / "model" / kRecordFile).string())["recovery"];
+  add_version(result, record.version);
+  add_version(result, recovery.value("version", "unknown"));
   result.steps = recovery.value("steps", int64_t{0});
   result.train_seconds = recovery.value("seconds", 0.0);
   result.trained_tokens = recovery.value("tokens", int64_t{0});
@@ -344,6 +353,7 @@ bool Stages::run(const RunPlan& plan, const std::string& position) {
   if (fs::exists(file) && read_json_file(file.string()).value("key", "") == result.key) return true;
   if (trains) fill_training(directory, result);
   fill_evaluation(plan, trains ? directory / "model" : fs::path(recipe_.model), result);
+  add_version(result, version());
   write_file_atomically(file, to_json(result).dump(1) + "\n");
   std::string line = fmt::format("[{}] {}: {} {:.4g}, {}", position, plan.directory, result.main_metric,
                                  result.quality(), human_bytes(result.file_bytes));

@@ -53,6 +53,27 @@ TEST(Report, AveragesOverSeedsAndTasks) {
   EXPECT_EQ(cell_text(&report.tasks[0], row.cells[0]), "75.0 ± 7.1");
 }
 
+TEST(Report, NotesStandUnderTheTables) {
+  Report report = small_report();
+  report.notes = {"lightmoe: a <remark>"};
+  EXPECT_NE(to_markdown(report).find("\nlightmoe: a <remark>\n"), std::string::npos);
+  EXPECT_NE(to_html(report).find("lightmoe: a &lt;remark&gt;"), std::string::npos);
+}
+
+TEST(Report, NamesTheVersionsThatComputedIt) {
+  Report report = small_report();
+  for (RunResult& r : report.runs) r.versions = {"v"};
+  EXPECT_EQ(versions_text(report), "computed and written by v");
+  report.version = "later";
+  EXPECT_EQ(versions_text(report), "computed by v; written by later");
+  report.runs[1].versions = {"u", "v"};  // trained by u, evaluated by v
+  report.runs[2].versions = {};          // a result of a time when none was kept
+  EXPECT_EQ(versions_text(report), "computed by an unknown version (1 run), u (1 run), v (5 runs); written by later");
+  EXPECT_NE(to_markdown(report).find("u (1 run)"), std::string::npos);
+  EXPECT_NE(to_html(report).find("u (1 run)"), std::string::npos);
+  EXPECT_EQ(to_json(report)["runs"][1]["versions"], Json({"u", "v"}));
+}
+
 TEST(Report, MarkdownHasARowForEveryMethodAndRatio) {
   const std::string text = to_markdown(small_report());
   EXPECT_NE(text.find("| - | original | 90.0 | 90.0 | 90.0 | 5.0 k | 0.01 MiB | - | - |"), std::string::npos) << text;
@@ -62,6 +83,8 @@ TEST(Report, MarkdownHasARowForEveryMethodAndRatio) {
 TEST(Report, JsonRoundTripsTheRuns) {
   const Json json = Json::parse(to_json(small_report()).dump());
   EXPECT_EQ(json["rows"].size(), 2u);
+  EXPECT_NEAR(json["runs"][1]["train_loss"]["first_5_steps"].get<double>(), 1.5, 1e-12);  // three steps in all
+  EXPECT_NEAR(json["runs"][1]["train_loss"]["last_eighth"].get<double>(), 1, 1e-12);
   EXPECT_NEAR(json["rows"][1]["tasks"]["math"]["mean"].get<double>(), .75, 1e-12);
   const RunResult original = run("math", "lightmoe", .5, 1, .8, 5000);
   const RunResult again = result_from_json(Json::parse(to_json(original).dump()), "r");

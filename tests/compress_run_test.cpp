@@ -7,6 +7,7 @@
 #include "compress/runner.h"
 #include "compress/weights.h"
 #include "loaders/output.h"
+#include "runtime/version.h"
 #include "tests/support/files.h"
 #include "tests/support/program.h"
 
@@ -108,6 +109,7 @@ TEST(Run, DoesEveryStageOnceAndReports) {
   EXPECT_EQ(report.runs[3].curve.size(), 2u);
   EXPECT_EQ(report.runs[3].curve[0].beta, 1);
   EXPECT_EQ(report.runs[3].replaced.size(), 2u);
+  for (const RunResult& r : report.runs) EXPECT_EQ(r.versions, std::vector<std::string>{version()});
   EXPECT_EQ(report.tasks[0].gate_scores.size(), 2u);
   write_report(report, where / "out");
   for (const char* file : {"report.html", "report.md", "report.json"}) EXPECT_TRUE(fs::exists(where / "out" / file));
@@ -118,6 +120,12 @@ TEST(Run, DoesEveryStageOnceAndReports) {
   go(recipe_text(where / "out"));
   EXPECT_EQ(said.size(), 1u);  // evaluated again, not trained again
   EXPECT_EQ(load_results(recipe_of(where, recipe_text(where / "out")))[3].steps, 2);
+  // A result made elsewhere keeps its version when the report is written again.
+  const fs::path kept = where / "out" / "ids" / "original" / "result.json";
+  Json json = read_json_file(kept.string());
+  json["versions"] = {"elsewhere"};
+  put_file(kept, json.dump());
+  EXPECT_NE(to_markdown(go(recipe_text(where / "out"))).find("elsewhere (1 run)"), std::string::npos);
   go(recipe_text(where / "out", "", "steps = 3"));
   EXPECT_EQ(said.size(), 3u);  // the three trained ones; calibration and the original stand
 }
