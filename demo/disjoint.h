@@ -9,8 +9,7 @@
 namespace lightmoe::demo {
 
 inline constexpr size_t kPretrainDocuments = 120'000;
-inline constexpr size_t kNumPeople = 200, kNumTriples = 10'000, kNumCode = 6000, kNumIntent = 2000,
-                        kNumTranslation = 3000;
+inline constexpr size_t kNumPeople = 200, kNumCode = 6000, kNumIntent = 2000, kNumTranslation = 3000;
 inline constexpr size_t kMaxTest = 400, kMaxValidation = 200;
 
 struct DemoData {
@@ -21,9 +20,8 @@ struct DemoData {
 inline DemoData make_demo_data(uint64_t seed, size_t num_documents) {
   DemoData data;
   const auto [recall, choice] = recall_tasks(seed, kNumPeople);
-  data.tasks = {
-      math_task(seed, kNumTriples),           code_task(seed, kNumCode), recall, choice, intent_task(seed, kNumIntent),
-      translation_task(seed, kNumTranslation)};
+  data.tasks = {math_task(seed), code_task(seed, kNumCode),     recall,
+                choice,          intent_task(seed, kNumIntent), translation_task(seed, kNumTranslation)};
   for (Task& task : data.tasks) {
     keep_first(task.test, kMaxTest);
     keep_first(task.validation, kMaxValidation);

@@ -23,8 +23,8 @@ struct PretrainDocument {
 
 // Shares of documents, in percent.
 struct Mix {
-  uint64_t math = 32, code = 23, questions = 8, statements = 14, commands = 8, novan = 4,
-           esperanto = 5;  // the rest is text
+  uint64_t math = 40, code = 22, questions = 8, statements = 13, commands = 5, novan = 3,
+           esperanto = 4;  // the rest is text
 };
 
 // What pretraining is made from. `translated`: the English of the translation task, all splits, left out here in every language.
