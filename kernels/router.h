@@ -9,6 +9,8 @@
 // shapes: x, dx [T,D]; w, dw, [E,D]; logits, probs [T,E]; slots i32 [T,K]; gates, dgates [T,K]; removed u8 [E] or undefined.
 // dtypes: x f32/bf16/f64; w of x's type or f32/bf16; logits, probs, gates f32 (f64 for f64). The selection is the same for any T.
 // writes: '=' except dw ('+=') and dx as told. logits holds the raw values, also of removed slots. Deterministic.
+// sim, cuda: at most 1024 slots; a row's logits have the same bits whatever else is in the call; where removed lies on the device, that K
+//   slots remain is not checked. With NaN the K slots are different, but not the cpu's.
 //
 // Load-balancing loss, pooled over all layers and unmasked tokens (Hugging Face load_balancing_loss_func, transformers 4.x):
 //   N = L * unmasked tokens;  f_e = (1/N) #{(layer, token, k): slot = e},  P_e = (1/N) sum p_e;  loss = E sum_e f_e P_e

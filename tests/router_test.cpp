@@ -4,7 +4,7 @@
 #include <numeric>
 
 #include "tests/cases/router.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -56,7 +56,7 @@ std::vector<double> softmax_of(std::vector<double> rows, size_t count, const std
 
 // The choice is checked against the op's own probabilities, which another test compares with the equation: rounding decides near ties.
 void expect_choice(const Outputs& out, bool renormalize, const std::vector<uint8_t>& removed) {
-  const Tensor &probs = out.probs.tensor(), &slots = out.slots.tensor();
+  const Tensor probs = out.probs.tensor(), slots = out.slots.tensor().on(DeviceKind::kCpu);
   const std::vector<double> p = to_doubles(probs), gates = to_doubles(out.gates.tensor());
   const size_t count = static_cast<size_t>(probs.dim(1)), top_k = static_cast<size_t>(slots.dim(1));
   for (size_t t = 0; t < static_cast<size_t>(probs.dim(0)); ++t) {
@@ -98,42 +98,67 @@ void check_forward(const cases::RouterCase& c, DType dtype, bool renormalize, in
 }
 
 TEST(Router, MatchesTheEquation) {
-  for (const auto& c : cases::router) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
-      for (const bool renormalize : {false, true}) {
-        check_forward(c, dtype, renormalize, 0);
-        check_forward(c, dtype, renormalize, (c.slots - c.top_k) / 2);
-        check_forward(c, dtype, renormalize, c.slots - c.top_k);
+  testing::on_each_device<Router>([] {
+    for (const auto& c : cases::router) {
+      for (const DType dtype : testing::floating_dtypes()) {
+        for (const bool renormalize : {false, true}) {
+          check_forward(c, dtype, renormalize, 0);
+          check_forward(c, dtype, renormalize, (c.slots - c.top_k) / 2);
+          check_forward(c, dtype, renormalize, c.slots - c.top_k);
+        }
       }
     }
-  }
+  });
+}
+
+std::vector<int32_t> slots_of(const Outputs& out) {
+  const Tensor slots = out.slots.tensor().on(DeviceKind::kCpu);
+  return {slots.data<int32_t>(), slots.data<int32_t>() + slots.numel()};
 }
 
 TEST(Router, TiesGoToTheLowerSlot) {
-  const Tensor x = Tensor::from<float>({1}, {1, 1}), w = Tensor::from<float>({1, 2, 1, 2, 2, 0}, {6, 1});
-  const Outputs out(1, 6, 5, DType::kF32);
-  run(out.op(x, w));
-  const int32_t* slots = out.slots.tensor().data<int32_t>();
-  EXPECT_EQ(std::vector<int32_t>(slots, slots + 5), (std::vector<int32_t>{1, 3, 4, 0, 2}));
+  testing::on_each_device<Router>([] {
+    const Tensor x = Tensor::from<float>({1}, {1, 1}), w = Tensor::from<float>({1, 2, 1, 2, 2, 0}, {6, 1});
+    const Outputs out(1, 6, 5, DType::kF32);
+    run(out.op(x, w));
+    EXPECT_EQ(slots_of(out), (std::vector<int32_t>{1, 3, 4, 0, 2}));
+  });
+}
+
+// Half of the slots repeat the weights of the other half: every token has only ties, which rounding must not break.
+TEST(Router, EqualWeightsAreExactTies) {
+  testing::on_each_device<Router>([] {
+    const Tensor x = random_tensor({40, 97}, DType::kF32, 21), half = random_tensor({70, 97}, DType::kF32, 22);
+    const Tensor w = Tensor::empty({140, 97}, DType::kF32);
+    w.slice(0, 70).copy_from(half), w.slice(70, 140).copy_from(half);
+    const Outputs out(40, 140, 6, DType::kF32);
+    run(out.op(x, w));
+    const std::vector<int32_t> slots = slots_of(out);
+    for (size_t i = 0; i < slots.size(); i += 2) {
+      EXPECT_LT(slots[i], 70);
+      EXPECT_EQ(slots[i + 1], slots[i] + 70);
+    }
+  });
 }
 
 // Underflow makes kept slots as improbable as removed ones: the removed must still never be chosen. NaN must not repeat a slot.
 TEST(Router, NeverChoosesARemovedSlotOrOneTwice) {
-  const Tensor x = Tensor::from<float>({1}, {1, 1}), w = Tensor::from<float>({500, 0, -500, 3}, {4, 1});
-  const Outputs out(1, 4, 3, DType::kF32);
-  run(out.op(x, w, false, Tensor::from<uint8_t>({0, 1, 0, 0}, {4})));
-  int32_t* slots = out.slots.tensor().data<int32_t>();
-  EXPECT_EQ(std::vector<int32_t>(slots, slots + 3), (std::vector<int32_t>{0, 2, 3}));
-  EXPECT_EQ(out.probs.tensor().data<float>()[1], 0);
-  EXPECT_EQ(out.logits.tensor().data<float>()[2], -500);
+  testing::on_each_device<Router>([] {
+    const Tensor x = Tensor::from<float>({1}, {1, 1}), w = Tensor::from<float>({500, 0, -500, 3}, {4, 1});
+    const Outputs out(1, 4, 3, DType::kF32);
+    run(out.op(x, w, false, Tensor::from<uint8_t>({0, 1, 0, 0}, {4})));
+    EXPECT_EQ(slots_of(out), (std::vector<int32_t>{0, 2, 3}));
+    EXPECT_EQ(to_doubles(out.probs.tensor())[1], 0);
+    EXPECT_EQ(to_doubles(out.logits.tensor())[2], -500);
 
-  w.data<float>()[0] = std::nanf("");
-  run(out.op(x, w));
-  std::sort(slots, slots + 3);
-  EXPECT_TRUE(slots[0] >= 0 && slots[0] < slots[1] && slots[1] < slots[2] && slots[2] < 4);
+    run(out.op(x, Tensor::from<float>({std::nanf(""), 0, -500, 3}, {4, 1})));
+    std::vector<int32_t> slots = slots_of(out);
+    std::sort(slots.begin(), slots.end());
+    EXPECT_TRUE(slots[0] >= 0 && slots[0] < slots[1] && slots[1] < slots[2] && slots[2] < 4);
+  });
 }
 
-TEST(Router, ARowDoesNotDependOnTheOthers) {
+void check_rows_alone() {
   const Tensor x = random_tensor({37, 97}, DType::kF32, 3), w = random_tensor({64, 97}, DType::kF32, 4);
   const Outputs all(37, 64, 8, DType::kF32), one(1, 64, 8, DType::kF32);
   run(all.op(x, w));
@@ -145,12 +170,17 @@ TEST(Router, ARowDoesNotDependOnTheOthers) {
   }
 }
 
+TEST(Router, ARowDoesNotDependOnTheOthers) { testing::on_each_device<Router>(check_rows_alone); }
+
 TEST(Router, TakesWeightsOfAnotherType) {
-  const Tensor x = random_tensor({5, 40}, DType::kF32, 5), w = random_tensor({6, 40}, DType::kBF16, 6);
-  const Outputs mixed(5, 6, 2, DType::kF32), same(5, 6, 2, DType::kF32);
-  run(mixed.op(x, w));
-  run(same.op(x, w.to(DType::kF32)));
-  EXPECT_TRUE(testing::bits_equal(mixed.logits.tensor(), same.logits.tensor()));
+  testing::on_each_device<Router>([] {
+    const Tensor x = random_tensor({5, 40}, DType::kF32, 5), w = random_tensor({6, 40}, DType::kBF16, 6);
+    const Tensor w_f32 = w.on(DeviceKind::kCpu).to(DType::kF32).on(default_device());
+    const Outputs mixed(5, 6, 2, DType::kF32), same(5, 6, 2, DType::kF32);
+    run(mixed.op(x, w));
+    run(same.op(x, w_f32));
+    EXPECT_TRUE(testing::bits_equal(mixed.logits.tensor(), same.logits.tensor()));
+  });
 }
 
 // A function of everything the op returns that carries a gradient: sum gates dgates + sum probs dprobs.
@@ -234,11 +264,40 @@ void check_backward(const cases::RouterCase& c, DType dtype, bool accumulate) {
 }
 
 TEST(Router, BackwardMatchesTheEquation) {
-  for (const auto& c : cases::router) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
-      for (const bool accumulate : {false, true}) check_backward(c, dtype, accumulate);
+  testing::on_each_device<Router, RouterBackward>([] {
+    for (const auto& c : cases::router) {
+      for (const DType dtype : testing::floating_dtypes()) {
+        for (const bool accumulate : {false, true}) check_backward(c, dtype, accumulate);
+      }
     }
-  }
+  });
+}
+
+// The gates' part, which the gradient check covers in f64, repeated where there is no f64: against the cpu.
+TEST(Router, BackwardThroughTheGatesEqualsTheCpu) {
+  testing::on_each_device<Router, RouterBackward>([] {
+    for (const bool renormalize : {false, true}) {
+      const auto gradients = [&] {
+        const Tensor x = random_tensor({1100, 40}, DType::kF32, 23), w = random_tensor({37, 40}, DType::kF32, 24, 0.3);
+        const Tensor dgates = random_tensor({1100, 5}, DType::kF32, 25);
+        const Outputs out(1100, 37, 5, DType::kF32);
+        run(out.op(x, w, renormalize));
+        const Tensor both = Tensor::zeros({1137, 40}, DType::kF32);
+        run(RouterBackward{.x = x,
+                           .w = w,
+                           .probs = out.probs.tensor(),
+                           .slots = out.slots.tensor(),
+                           .dgates = dgates,
+                           .renormalize = renormalize,
+                           .dx = both.slice(0, 1100),
+                           .dw = both.slice(1100, 1137)});
+        return both;
+      };
+      const Tensor here = gradients();
+      const DeviceScope cpu(DeviceKind::kCpu);
+      EXPECT_TRUE(testing::close(here, to_doubles(gradients()), testing::sum_tolerance(DType::kF32, 1100)));
+    }
+  });
 }
 
 TEST(Router, IsTheSameOnAnyThreads) {
