@@ -149,9 +149,10 @@ void register_device_memory(DeviceKind device, const DeviceMemory& memory) {
 bool device_available(DeviceKind device) {
   return device != DeviceKind::kCuda || device_memory()[static_cast<size_t>(device)].allocate != nullptr;
 }
+bool is_host_memory(DeviceKind device) { return device_memory()[static_cast<size_t>(device)].allocate == nullptr; }
 void copy_memory(void* to, DeviceKind to_device, const void* from, DeviceKind from_device, size_t bytes) {
   if (bytes == 0) return;
-  const DeviceKind foreign = to_device == DeviceKind::kCuda ? to_device : from_device;
+  const DeviceKind foreign = is_host_memory(to_device) ? from_device : to_device;
   const auto copy = device_memory()[static_cast<size_t>(foreign)].copy;
   copy != nullptr ? copy(to, from, bytes) : static_cast<void>(std::memcpy(to, from, bytes));
 }

@@ -31,8 +31,8 @@ class DeviceScope {
   DeviceKind previous_;
 };
 
-// Where a device's memory comes from when it is not host memory. cpu is host memory always, sim is unless a checking build
-// registers its own; cuda registers in builds with CUDA (runtime/cuda_memory.cpp) where there is a GPU.
+// Where a device's memory comes from when it is not host memory. cpu is host memory always, sim is unless
+// LIGHTMOE_SIM_GUARD=1 registers memory the host cannot touch (kernels/device/simulator/guard.h); cuda registers in builds with CUDA (runtime/cuda_memory.cpp) where there is a GPU.
 struct DeviceMemory {
   void* (*allocate)(size_t bytes);  // null when there is no more
   void (*release)(void* data, size_t bytes);
@@ -41,6 +41,7 @@ struct DeviceMemory {
 };
 void register_device_memory(DeviceKind device, const DeviceMemory& memory);
 bool device_available(DeviceKind device);
+bool is_host_memory(DeviceKind device);  // may the host dereference what is allocated there?
 void copy_memory(void* to, DeviceKind to_device, const void* from, DeviceKind from_device, size_t bytes);
 void fill_memory(void* data, DeviceKind device, int byte, size_t bytes);
 

@@ -97,7 +97,7 @@ Tensor Tensor::on(DeviceKind device) const {
 void Tensor::copy_from(const Tensor& source) const {
   require(source.shape_ == shape_, "copy_from: {} into {}", source.shape_, shape_);
   if (numel() == 0) return;
-  const bool on_host = device_ != DeviceKind::kCuda && source.device_ != DeviceKind::kCuda;
+  const bool on_host = is_host_memory(device_) && is_host_memory(source.device_);
   if (dtype_ == source.dtype_) {
     copy_memory(data_, device_, source.data_, source.device_, static_cast<size_t>(bytes()));
   } else if (on_host) {

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <numeric>
 
+#include "kernels/device/simulator/guard.h"
 #include "kernels/device/simulator/race.h"
 #include "runtime/error.h"
 #include "runtime/parallel.h"
@@ -196,6 +197,7 @@ std::mutex launch_mutex;
 
 void launch(const char* kernel, const Grid& grid, void (*entry)(void*), void* argument) {
   check_launch(kernel, grid);
+  const OpenDeviceMemory open;
   const uint64_t blocks = uint64_t{grid.blocks.x} * grid.blocks.y * grid.blocks.z;
   const uint64_t number = num_launches++;
   const uint64_t seed = options().seed != 0 ? options().seed * 0x9E3779B97F4A7C15ull + number * 77 + 1 : 0;
