@@ -32,8 +32,10 @@ void check_window(const char* op, const char* name, const Tensor& t, int64_t col
 bool on_host(const Tensor& t) { return t.device() != DeviceKind::kCuda; }
 
 // Offsets ascend within [0, rows]; on a GPU only their shape is checked.
-void check_offsets(const char* op, const Tensor& offsets, size_t groups, int64_t rows) {
+void check_offsets(const char* op, const Tensor& offsets, size_t groups, int64_t rows, DeviceKind device) {
   require_tensor(offsets, op, "offsets", {static_cast<int64_t>(groups) + 1}, DType::kI32);
+  require(offsets.device() == device, "{}: offsets on {}, the matrices on {}", op, name_of(offsets.device()),
+          name_of(device));
   if (!on_host(offsets)) return;
   const int32_t* o = offsets.data<int32_t>();
   require(o[0] >= 0 && o[groups] <= rows && std::is_sorted(o, o + groups + 1),
@@ -48,6 +50,8 @@ void check_rows(const char* op, const char* name, const Tensor& t, const Tensor&
   }
   require(rows.rank() == 1 && rows.dim(0) >= count && rows.dtype() == DType::kI32,
           "{}: row list of {} is {} {}, expected [{}] i32", op, name, rows.shape(), name_of(rows.dtype()), count);
+  require(rows.device() == t.device(), "{}: {} on {}, its row list on {}", op, name, name_of(t.device()),
+          name_of(rows.device()));
   if (!on_host(rows)) return;
   const int32_t* r = rows.data<int32_t>();
   for (int64_t i = 0; i < count; ++i) {
@@ -76,7 +80,16 @@ GemmDesc describe(GemmKind kind, const Tensor& a, const Tensor& b, const Tensor&
           .b = b.dtype(),
           .c = c.dtype(),
           .compute = compute,
-          .groups = 1};
+          .groups = 1,
+          .alignment = 16};
+}
+
+// Narrows desc.alignment to what this operand's rows have.
+void align(GemmDesc& desc, const Tensor& t, int64_t column) {
+  const auto size = static_cast<uintptr_t>(size_of(t.dtype()));
+  const uintptr_t starts = (reinterpret_cast<uintptr_t>(t.raw()) + static_cast<uintptr_t>(column) * size) |
+                           static_cast<uintptr_t>(t.dim(1)) * size;
+  while (starts % static_cast<uintptr_t>(desc.alignment) != 0) desc.alignment /= 2;
 }
 
 // --- choice ----------------------------------------------------------------------------------------
@@ -86,7 +99,7 @@ std::vector<GemmBackend>& backends() {
   return list;
 }
 
-using PickKey = std::tuple<int, int, int, int, int, int, bool, bool, bool, int64_t, int64_t, int64_t, int64_t,
+using PickKey = std::tuple<int, int, int, int, int, int, bool, bool, bool, int64_t, int64_t, int64_t, int64_t, int,
                            std::string_view, std::string_view>;
 constexpr size_t kMaxPicks = 4096;  // evaluation meets a new row count with every text
 
@@ -125,6 +138,7 @@ void record(const GemmDesc& d, std::string_view picked, std::string_view refused
                     d.n,
                     d.k,
                     d.groups,
+                    d.alignment,
                     picked,
                     refused};
   if (!state.order.emplace(key, state.lines.size()).second) return;
@@ -142,7 +156,8 @@ void force_gemm_backend(std::string_view name) {
   std::string names = "auto";
   std::string_view registered = name == "auto" ? std::string_view("auto") : std::string_view();
   for (const GemmBackend& backend : backends()) {
-    names += fmt::format(", {}", backend.name);
+    const std::string listed = fmt::format(", {}", backend.name);  // a name has an entry for each device
+    if (names.find(listed) == std::string::npos) names += listed;
     if (backend.name == name) registered = backend.name;
   }
   check(!registered.empty(), ErrorKind::kUsage, "unknown GEMM backend '{}'; there are {}", name, names);
@@ -169,6 +184,7 @@ const GemmBackend& pick_gemm(const GemmDesc& desc) {
     const double cost = forced ? -1 : backend.cost(desc);
     if (best == nullptr || cost < best_cost) best = &backend, best_cost = cost;
   }
+  if (best != nullptr && best->name == choice().forced) refused = {};  // its entry for another device refused
   check(best != nullptr, ErrorKind::kDevice, "no GEMM backend in this build does {} on {}", text_of(desc),
         name_of(desc.device));
   record(desc, best->name, refused);
@@ -193,6 +209,7 @@ void run(const Gemm& op) {
           op.b.shape(), op.trans_b ? "^T" : "", op.c.shape());
   check_window("gemm", "a", op.a, op.a_column, op.trans_a ? desc.m : desc.k);
   check_window("gemm", "c", op.c, op.c_column, desc.n);
+  align(desc, op.a, op.a_column), align(desc, op.b, 0);
   pick_gemm(desc).dense(op);
 }
 
@@ -203,7 +220,7 @@ void run(const GroupedGemmM& op) {
   check_matrix(kName, "a", op.a);
   check_matrix(kName, "c", op.c);
   check_dtypes(kName, op.a, *b, op.c);
-  check_offsets(kName, op.offsets, op.b.size(), op.c.dim(0));
+  check_offsets(kName, op.offsets, op.b.size(), op.c.dim(0), op.c.device());
   GemmDesc desc = describe(GemmKind::kGroupedM, op.a, *b, op.c, op.compute);
   desc.trans_b = op.trans_b, desc.gather = op.a_rows.defined(), desc.groups = static_cast<int64_t>(op.b.size());
   desc.m = on_host(op.offsets) ? op.offsets.data<int32_t>()[desc.groups] : op.c.dim(0);
@@ -211,6 +228,10 @@ void run(const GroupedGemmM& op) {
   check_rows(kName, "a", op.a, op.a_rows, desc.m);
   check_window(kName, "a", op.a, op.a_column, desc.k);
   check_window(kName, "c", op.c, op.c_column, desc.n);
+  align(desc, op.a, op.a_column);
+  for (const Tensor& matrix : op.b) {
+    if (matrix.defined()) align(desc, matrix, 0);
+  }
   pick_gemm(desc).grouped_m(op);
 }
 
@@ -222,7 +243,8 @@ void run(const GroupedGemmK& op) {
   check_matrix(kName, "b", op.b);
   check_dtypes(kName, op.a, op.b, *c);
   const auto rows_in = [](const Tensor& t, const Tensor& rows) { return (rows.defined() ? rows : t).dim(0); };
-  check_offsets(kName, op.offsets, op.c.size(), std::min(rows_in(op.a, op.a_rows), rows_in(op.b, op.b_rows)));
+  check_offsets(kName, op.offsets, op.c.size(), std::min(rows_in(op.a, op.a_rows), rows_in(op.b, op.b_rows)),
+                op.a.device());
   GemmDesc desc = describe(GemmKind::kGroupedK, op.a, op.b, *c, op.compute);
   desc.trans_a = true, desc.gather = op.a_rows.defined() || op.b_rows.defined();
   desc.groups = static_cast<int64_t>(op.c.size());
@@ -232,6 +254,7 @@ void run(const GroupedGemmK& op) {
   check_rows(kName, "b", op.b, op.b_rows, desc.k);
   check_window(kName, "a", op.a, op.a_column, desc.m);
   check_window(kName, "b", op.b, op.b_column, desc.n);
+  align(desc, op.a, op.a_column), align(desc, op.b, op.b_column);
   pick_gemm(desc).grouped_k(op);
 }
 

@@ -72,12 +72,14 @@ struct GemmDesc {
   DType a, b, c;
   GemmCompute compute;
   bool trans_a, trans_b, gather;
-  int64_t m, n, k;  // grouped: total rows in m (kGroupedM) or k (kGroupedK)
+  int64_t m, n, k;  // grouped: total rows in m (kGroupedM) or k (kGroupedK); on cuda an upper bound of them
   int64_t groups;   // 1 for dense
+  // Largest power of two, at most 16, that divides where rows of A and of B (windows counted) begin, in bytes.
+  int alignment;
 };
 
 struct GemmBackend {
-  std::string_view name;              // "reference", "blas", "native", later "mma", "wgmma", "cublas"
+  std::string_view name;  // "reference", "blas", "native"; "simple", "mma": one entry each for sim and for cuda
   bool (*supports)(const GemmDesc&);  // the only truth; no silent fallback inside a backend
   double (*cost)(const GemmDesc&);    // estimated microseconds, for the choice only
   void (*dense)(const Gemm&);         // null where a kind is not implemented (then supports says no)
@@ -92,8 +94,8 @@ struct RegisterGemmBackend {
 const std::vector<GemmBackend>& gemm_backends();
 
 // --gemm=NAME: every product this backend supports goes to it; unknown name throws Error(kUsage)
-// listing the names. "auto" restores the choice by cost. Products it does not support fall to the
-// cheapest other backend and are named once in gemm_picks().
+// listing the names. "auto" restores the choice by cost. Products it does not support (on their
+// device) fall to the cheapest other backend and are named once in gemm_picks().
 void force_gemm_backend(std::string_view name);
 std::string_view forced_gemm_backend();  // "auto" or the name
 // Forces a backend while it lives (evaluation runs on `native`, whose rows do not depend on their neighbours).
