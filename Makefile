@@ -105,7 +105,7 @@ $(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call objects,$(TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
-DEVICE_TEST_SOURCES := $(shell grep -l 'tests/support/devices.h' tests/*.cpp tests/*.cu 2>/dev/null) tests/support/testing.cpp tests/support/main.cpp
+DEVICE_TEST_SOURCES := $(shell grep -l "tests/support/devices.h" tests/*.cpp) $(wildcard tests/*.cu) tests/support/testing.cpp tests/support/main.cpp
 $(BUILD)/device-tests: $(call objects,$(filter runtime/% kernels/%,$(LIBRARY_SOURCES)) $(DEVICE_TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@

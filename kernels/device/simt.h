@@ -29,6 +29,7 @@
 
 #if defined(__CUDACC__)
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 #define LIGHTMOE_DEVICE cuda
 #define DEVICE_FN __device__ __forceinline__

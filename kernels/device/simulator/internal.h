@@ -73,9 +73,8 @@ struct WgmmaAccumulator {  // registers that wgmma owns between issue and wait, 
   std::vector<float> values, last_returned;
 };
 struct WgmmaOperation {
-  int accumulator, n;
-  bool accumulate, b_mn_major;
-  uint64_t a_descriptor, b_descriptor;
+  int accumulator;
+  WgmmaOperands operands;
   std::vector<uint16_t> a, b;  // operands as they were at issue
   Site site;
 };
@@ -121,9 +120,7 @@ struct Event {  // the landing of a bulk copy
   std::function<void()> land;
 };
 struct WgmmaRecord {  // all warps of a warpgroup must issue the same sequence
-  uint64_t a_descriptor, b_descriptor;
-  int n;
-  bool accumulate;
+  WgmmaOperands operands;
   Site site;
 };
 
@@ -190,9 +187,13 @@ void leave_barriers(Thread* thread);
 // memory.cpp
 uint32_t shared_offset(const Block& block, const void* p, size_t bytes, const char* what, Site site);
 
+// mbarrier.cpp
+MBarrier& find_mbarrier(uint64_t* barrier, const char* what, Site site);
+void complete_phase_if_due(MBarrier& barrier);
+
 // copy.cpp, wgmma.cpp
 void check_copies_at_thread_end(const Thread& thread);
 void check_wgmma_at_thread_end(const Thread& thread);
-void check_block_end(Block& block);
+std::string fault_at_block_end(const Block& block);  // empty: none
 
 }  // namespace lightmoe::simulator

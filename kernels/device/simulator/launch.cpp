@@ -20,6 +20,8 @@ namespace lightmoe::simulator {
 namespace {
 
 constexpr size_t kArenaAlignment = 65536;
+constexpr int64_t kThreadsPerWorker =
+    4096;  // a launch smaller than this is over before a second OS thread has woken up
 #ifdef LIGHTMOE_ASAN
 constexpr size_t kDefaultStackBytes = 256 << 10;
 #else
@@ -220,7 +222,9 @@ void launch(const char* kernel, const Grid& grid, void (*entry)(void*), void* ar
     if (error.empty()) error = failure;
     statistics().add(worker.block().statistics);
   };
-  const int64_t workers = race::kEnabled ? 1 : std::min<int64_t>(num_threads(), static_cast<int64_t>(blocks));
+  const int64_t simulated = static_cast<int64_t>(blocks) * grid.threads.x * grid.threads.y * grid.threads.z;
+  const int64_t wanted = std::min<int64_t>(static_cast<int64_t>(blocks), simulated / kThreadsPerWorker + 1);
+  const int64_t workers = race::kEnabled ? 1 : std::min<int64_t>(num_threads(), wanted);
   parallel_items(workers, work);
   const std::string races = race::take_reports();
   if (!races.empty()) error += (error.empty() ? "" : "; ") + races;

@@ -99,7 +99,13 @@ void fence_proxy_async(Site site);
 void tma_load_2d(void* shared, const void* map, int column, int row, uint64_t* barrier, Site site);
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Site site);
 void wgmma_fence(Site site);
-void wgmma_bf16(int n, float* d, uint64_t a, uint64_t b, bool accumulate, bool b_mn_major, Site site);
+struct WgmmaOperands {
+  int n;                        // D is 64 x n, f32; A 64 x 16, B n x 16, bf16
+  uint64_t a, b;                // descriptors
+  const uint32_t* a_registers;  // four of A's registers instead of its descriptor, or null
+  bool accumulate, b_mn_major;
+};
+void wgmma_bf16(float* d, const WgmmaOperands& operands, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int groups_left, Site site);
 void set_max_registers(int count, bool increase, Site site);

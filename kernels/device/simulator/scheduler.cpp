@@ -105,6 +105,7 @@ void switch_to(Thread& from, Thread& to) {
 
 void end_thread(Thread* thread) {
   check_copies_at_thread_end(*thread);
+  check_wgmma_at_thread_end(*thread);
   Warp& warp = *thread->warp;
   const uint32_t bit = 1u << thread->lane;
   warp.alive &= ~bit;
@@ -185,9 +186,8 @@ void start_block(Block& block) {
   block.launcher.block = &block;
   switch_to(block.launcher, *pick(block));
   current_view = nullptr;
-  if (!block.failed && !block.events.empty())
-    block.error =
-        fmt::format("sim: async: a bulk copy into shared memory is in flight at the end; {}", describe(block));
+  if (block.failed) return;
+  block.error = fault_at_block_end(block);
 }
 
 }  // namespace lightmoe::simulator
