@@ -14,10 +14,23 @@ struct Options {
   CompressionFlags flags;
   std::string dtype = "keep";
   double max_shard_gib = 5;
-  bool dry_run = false;
+  bool dry_run = false, list = false;
 };
 
+// One line per method.
+void list_methods() {
+  fmt::print("{:<17}{:<18}{:<12}{:<30}{:<12}{}\n", "method", "slots", "training", "reads beside the weights", "arXiv",
+             "what it does");
+  for (const Method& m : methods()) {
+    const char* training = m.train_free ? "train-free" : m.trainable == Trainable::kNothing ? "none" : "trained";
+    fmt::print("{:<17}{:<18}{:<12}{:<30}{:<12}{}\n", m.name, m.slots.empty() ? "-" : m.slots, training,
+               name_of(m.needs), m.paper.empty() ? "-" : m.paper, m.summary);
+  }
+}
+
 void compress(Options& o) {
+  if (o.list) return list_methods();
+  check(!o.job.model.empty(), ErrorKind::kUsage, "a model directory is missing (or --list)");
   o.job.options = method_options(o.flags);
   o.job.method = o.flags.method;
   o.job.dtype = parse_output_dtype(o.dtype);
@@ -43,7 +56,8 @@ const RegisterVerb verb{
      "lightmoe compress OLMoE-1B-7B --stats math.safetensors --ratio 0.5 -o olmoe-math-50",
      [](CLI::App& app) -> VerbAction {
        auto o = std::make_shared<Options>();
-       app.add_option("model", o->job.model, "original model directory")->required();
+       app.add_option("model", o->job.model, "original model directory");
+       app.add_flag("--list", o->list, "every method on one line, and nothing else");
        app.add_option("-o,--output", o->job.output, "directory to write");
        app.add_option("--stats", o->job.statistics,
                       "statistics file of `calibrate`; without it every expert counts the same");

@@ -22,8 +22,13 @@ void run_export(Options& o) {
   o.job.say = [](const std::string& line) { fmt::print(stderr, "{}\n", line); };
   const ExportReport report = export_to_hugging_face(o.job);
   fmt::print("wrote        {} (a stock OlmoeForCausalLM)\n", o.job.output.string());
-  fmt::print("weights      {} -> {}: every slot has a full expert again, so this form saves no memory\n",
-             human_bytes(report.compressed_bytes), human_bytes(report.written_bytes));
+  fmt::print("weights      {} -> {}\n", human_bytes(report.compressed_bytes), human_bytes(report.written_bytes));
+  if (report.num_experts < report.original_experts) {
+    fmt::print("experts      {} of {} per layer: the others were removed, num_experts says so\n", report.num_experts,
+               report.original_experts);
+  } else {
+    fmt::print("note         every slot has a full expert again, so this form saves no memory\n");
+  }
   fmt::print("peak RSS     {}\n", human_bytes(process_peak_rss_bytes()));
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace lightmoe {
 
@@ -19,9 +20,11 @@ ModelSize model_size(const OlmoeConfig& c) {
 
 int64_t stored_parameters(const LayerShape& layer, const ModelSize& size) {
   const int64_t experts = std::count(layer.zero_expert.begin(), layer.zero_expert.end(), 0);
-  int64_t rank = 0;
-  for (const int64_t r : layer.adapter_rank) rank += r;
-  return experts * size.expert + rank * size.adapter_unit;
+  return experts * size.expert + adapter_parameters(layer, size);
+}
+
+int64_t adapter_parameters(const LayerShape& layer, const ModelSize& size) {
+  return std::accumulate(layer.adapter_rank.begin(), layer.adapter_rank.end(), int64_t{0}) * size.adapter_unit;
 }
 
 int64_t stored_parameters(const std::vector<LayerShape>& layers, const ModelSize& size) {
@@ -55,9 +58,7 @@ std::string describe(const Budget& budget) {
   return "";
 }
 
-namespace {
-
-int64_t wanted_parameters(const Budget& budget, const ReplacementCost& cost, double bytes_per_parameter) {
+int64_t allowed_parameters(const Budget& budget, const ReplacementCost& cost, double bytes_per_parameter) {
   const ModelSize& size = cost.size;
   const double v = budget.value;
   switch (budget.kind) {
@@ -84,11 +85,9 @@ int64_t wanted_parameters(const Budget& budget, const ReplacementCost& cost, dou
   return 0;
 }
 
-}  // namespace
-
 int64_t target_parameters(const Budget& budget, const ReplacementCost& cost, double bytes_per_parameter) {
   const ModelSize& size = cost.size;
-  const int64_t target = wanted_parameters(budget, cost, bytes_per_parameter);
+  const int64_t target = allowed_parameters(budget, cost, bytes_per_parameter);
   const int64_t least = size.rest + size.layers * cost.layer_parameters(size.slots);
   const auto share = [&](int64_t kept) {
     return 100.0 * (1 - static_cast<double>(kept) / static_cast<double>(size.total()));

@@ -23,6 +23,7 @@ struct ModelSize {
 ModelSize model_size(const OlmoeConfig& config);
 // What a layer's bank and adapters hold, counted from what is stored.
 int64_t stored_parameters(const LayerShape& layer, const ModelSize& size);
+int64_t adapter_parameters(const LayerShape& layer, const ModelSize& size);
 int64_t stored_parameters(const std::vector<LayerShape>& layers, const ModelSize& size);  // whole model
 
 // What replacing costs: of a layer with n replaced slots, n experts go, min(n, bases) bases and n adapters come. While that
@@ -42,7 +43,10 @@ struct Budget {
 };
 std::string describe(const Budget& budget);  // "50 % of the whole model"
 
-// The most parameters (of the whole model) that the budget allows; bytes_per_parameter serves kGib.
+// The most parameters (of the whole model) that the budget allows, whether reachable or not; bytes_per_parameter serves kGib.
+// kExpertsPerLayer counts by `cost`. Error(kUsage): value out of range.
+int64_t allowed_parameters(const Budget& budget, const ReplacementCost& cost, double bytes_per_parameter);
+// The same, reachable with bases and adapters.
 // Error(kUsage): value out of range, or less than everything replaced leaves (the message says the nearest possible).
 int64_t target_parameters(const Budget& budget, const ReplacementCost& cost, double bytes_per_parameter);
 

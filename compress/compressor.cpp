@@ -67,9 +67,10 @@ void Compression::choose() {
     statistics = load_statistics(job_.statistics);
     check_statistics(statistics, record.model, size.layers, size.slots, config_.hidden_size, job_.statistics.string());
     record.statistics = hash_file(job_.statistics);
-  } else if (method.compresses && job_.say) {
+  } else if (method.needs != Needs::kNothing && job_.say) {
     job_.say("no statistics given: every expert counts the same (lightmoe calibrate measures them)");
   }
+  check_needs(method, statistics);
   const DType source = experts_.place(0, 0, ExpertMatrix::kGate).dtype;
   const MethodInput input{.config = config_,
                           .statistics = statistics,
@@ -77,7 +78,7 @@ void Compression::choose() {
                           .bytes_per_parameter = static_cast<double>(size_of(tensors_.output_dtype(source))),
                           .experts = &experts_};
   record.plan = method.plan(input);
-  record.rank = method.rank == nullptr ? 0 : method.rank(input);
+  record.rank = recovery_rank(method, input, record.plan);
   record.original_parameters = size.total();
   record.stored_parameters = stored_parameters(record.plan.shapes(), size);
   record.trainable_parameters = trainable_parameters(method, input, record.plan);

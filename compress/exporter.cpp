@@ -16,8 +16,11 @@ class Densifier {
     check(!config_.lightmoe_json.empty(), ErrorKind::kInput,
           "{}: has no \"lightmoe\" object: the directory is a stock model already", name);
     shapes_ = slot_tables_from_json(parse_json(config_.lightmoe_json, name), config_, name);
-    for (const ParameterInfo& info : stock_parameters(config_)) {
-      if (info.kind != ParameterKind::kExpert)
+    find_live_slots(name);
+    for (const ParameterInfo& info : stock_parameters(stock_)) {
+      if (info.kind == ParameterKind::kRouter)
+        add_router(info);
+      else if (info.kind != ParameterKind::kExpert)
         tensors_.add_copy(info.name, info.shape, place_of(input_, info.name, info.shape));
       else if (info.name == expert_tensor_name(info.layer, 0, ExpertMatrix::kGate))
         add_layer(info.layer);
@@ -25,28 +28,60 @@ class Densifier {
   }
 
   const StreamedTensors& tensors() const { return tensors_; }
+  int64_t original_experts() const { return config_.num_experts; }
   int64_t input_bytes() const { return input_.total_bytes(); }
   OlmoeConfig stock_config(const ExportJob& job) const {
-    OlmoeConfig config = config_;
-    config.lightmoe_json.clear();
+    OlmoeConfig config = stock_;
     if (job.dtype)
       config.torch_dtype = *job.dtype == DType::kBF16 ? "bfloat16" : *job.dtype == DType::kF16 ? "float16" : "float32";
     return config;
   }
 
  private:
+  // Removed slots leave the stock model: its experts are the slots that are left. One num_experts serves all layers, and a
+  // router row for nothing cannot be written (it would still take its share of the softmax).
+  void find_live_slots(const std::string& name) {
+    for (const LayerShape& shape : shapes_) {
+      std::vector<int32_t>& live = live_.emplace_back();
+      for (size_t s = 0; s < shape.slots.size(); ++s) {
+        if (shape.slots[s].kind != SlotKind::kRemoved) live.push_back(static_cast<int32_t>(s));
+      }
+      check(live.size() == live_.front().size(), ErrorKind::kInput,
+            "{}: layer 0 has {} slots that are not removed, layer {} has {}; a stock model has one number of experts "
+            "(num_experts) for all layers and cannot express it",
+            name, live_.front().size(), live_.size() - 1, live.size());
+    }
+    stock_ = config_;
+    stock_.lightmoe_json.clear();
+    stock_.num_experts = static_cast<int64_t>(live_.front().size());
+  }
+
+  void add_router(const ParameterInfo& info) {
+    const MatrixPlace whole = place_of(input_, info.name, {config_.num_experts, config_.hidden_size});
+    if (stock_.num_experts == config_.num_experts) return tensors_.add_copy(info.name, info.shape, whole);
+    const std::vector<int32_t>& live = live_[static_cast<size_t>(info.layer)];
+    tensors_.add_computed(info.name, info.shape, whole.dtype, [whole, live] {
+      const Tensor rows = Tensor::empty({static_cast<int64_t>(live.size()), whole.columns}, whole.dtype);
+      for (size_t i = 0; i < live.size(); ++i) {
+        whole.read_rows(live[i], rows.slice(static_cast<int64_t>(i), static_cast<int64_t>(i) + 1));
+      }
+      return rows;
+    });
+  }
+
   void add_layer(int64_t layer) {
-    for (int64_t slot = 0; slot < config_.num_experts; ++slot) {
-      for (const ExpertMatrix matrix : kExpertMatrices) add_slot(layer, slot, matrix);
+    for (int64_t expert = 0; expert < stock_.num_experts; ++expert) {
+      for (const ExpertMatrix matrix : kExpertMatrices) add_slot(layer, expert, matrix);
     }
   }
 
-  void add_slot(int64_t layer, int64_t slot, ExpertMatrix matrix) {
+  void add_slot(int64_t layer, int64_t expert, ExpertMatrix matrix) {
     const LayerShape& shape = shapes_[static_cast<size_t>(layer)];
+    const int32_t slot = live_[static_cast<size_t>(layer)][static_cast<size_t>(expert)];
     const Slot& entry = shape.slots[static_cast<size_t>(slot)];
     check(entry.kind == SlotKind::kExpert, ErrorKind::kInput,
           "layer {}, slot {}: not of kind expert; a stock model cannot express it", layer, slot);
-    const std::string name = expert_tensor_name(layer, slot, matrix);
+    const std::string name = expert_tensor_name(layer, expert, matrix);
     const std::vector<int64_t> dims = expert_matrix_shape(config_, matrix);
     const bool zero = shape.zero_expert[static_cast<size_t>(entry.expert)] != 0;
     std::optional<MatrixPlace> bank;
@@ -67,8 +102,9 @@ class Densifier {
   }
 
   Checkpoint input_;
-  OlmoeConfig config_;
+  OlmoeConfig config_, stock_;
   std::vector<LayerShape> shapes_;
+  std::vector<std::vector<int32_t>> live_;  // per layer, the slots that are not removed
   StreamedTensors tensors_;
 };
 
@@ -84,7 +120,10 @@ ExportReport export_to_hugging_face(const ExportJob& job) {
   });
   copy_side_files(job.model, output.path());
   output.commit();
-  return {.compressed_bytes = densifier.input_bytes(), .written_bytes = densifier.tensors().total_bytes()};
+  return {.num_experts = densifier.stock_config(job).num_experts,
+          .original_experts = densifier.original_experts(),
+          .compressed_bytes = densifier.input_bytes(),
+          .written_bytes = densifier.tensors().total_bytes()};
 }
 
 }  // namespace lightmoe

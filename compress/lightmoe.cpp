@@ -13,17 +13,23 @@ int64_t rank_of(const MethodInput& input) {
 Plan plan_lightmoe(const MethodInput& input) { return plan_replacement(input, input.options.bases, rank_of(input)); }
 
 const RegisterMethod annealed{{.name = "lightmoe",
-                               .summary = "shared bases and low-rank terms, replaced gradually (arXiv 2603.12645)",
+                               .summary = "shared bases and low-rank terms, replaced gradually",
+                               .paper = "2603.12645",
+                               .slots = "shared, adapter",
                                .plan = &plan_lightmoe,
                                .rank = &rank_of,
                                .trainable = Trainable::kBasesAndAdapters,
+                               .needs = Needs::kSums,
                                .anneal = 0.2,
                                .compresses = true}};
 const RegisterMethod direct{{.name = "lightmoe-direct",
-                             .summary = "the same, replaced at once (eps = 0)",
+                             .summary = "LightMoE, replaced at once (eps = 0)",
+                             .paper = "2603.12645",
+                             .slots = "shared, adapter",
                              .plan = &plan_lightmoe,
                              .rank = &rank_of,
                              .trainable = Trainable::kBasesAndAdapters,
+                             .needs = Needs::kSums,
                              .compresses = true}};
 
 }  // namespace

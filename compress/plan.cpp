@@ -23,6 +23,16 @@ int64_t Plan::replaced() const {
   return sum;
 }
 
+int64_t Plan::fading() const {
+  int64_t sum = 0;
+  for (const LayerPlan& layer : layers) {
+    for (const int32_t slot : layer.replaced) {
+      sum += layer.shape.slots[static_cast<size_t>(slot)].kind == SlotKind::kExpert ? 1 : 0;
+    }
+  }
+  return sum;
+}
+
 LayerPlan plain_layer_plan(int64_t num_slots) {
   LayerPlan plan{.shape = plain_layer_shape(num_slots)};
   for (int64_t e = 0; e < num_slots; ++e) plan.bank.push_back({{static_cast<int32_t>(e)}, {1.0}});
@@ -65,6 +75,46 @@ LayerPlan replacement_plan(int64_t num_slots, const std::vector<int32_t>& replac
   plan.shape.adapter_rank.assign(plan.adapter_slot.size(), rank);
   for (const BankEntry& entry : plan.bank) plan.shape.zero_expert.push_back(entry.is_zero());
   return plan;
+}
+
+LayerPlan table_plan(int64_t num_slots, std::vector<PlannedExpert> experts) {
+  for (PlannedExpert& expert : experts) std::sort(expert.slots.begin(), expert.slots.end());
+  std::sort(experts.begin(), experts.end(),
+            [](const PlannedExpert& a, const PlannedExpert& b) { return a.slots < b.slots; });
+  LayerPlan plan;
+  plan.shape.slots.assign(static_cast<size_t>(num_slots), Slot{.kind = SlotKind::kRemoved});
+  std::vector<uint8_t> is_own(static_cast<size_t>(num_slots), 0);
+  for (const PlannedExpert& expert : experts) {
+    const auto entry = static_cast<int32_t>(plan.bank.size());
+    for (const int32_t slot : expert.slots) {
+      plan.shape.slots[static_cast<size_t>(slot)] = {.kind = SlotKind::kExpert, .expert = entry};
+      is_own[static_cast<size_t>(slot)] = expert.made_of.is_copy() && expert.made_of.experts[0] == slot;
+    }
+    if (expert.slots.size() > 1 || !expert.made_of.is_copy()) plan.bases.push_back(entry);
+    plan.bank.push_back(expert.made_of);
+    plan.shape.zero_expert.push_back(expert.made_of.is_zero());
+  }
+  for (int32_t s = 0; s < num_slots; ++s) {
+    if (!is_own[static_cast<size_t>(s)]) plan.replaced.push_back(s);
+  }
+  return plan;
+}
+
+std::vector<LayerShape> with_adapters(std::vector<LayerShape> shapes, int64_t rank) {
+  if (rank == 0) return shapes;
+  for (LayerShape& shape : shapes) {
+    std::vector<int32_t> of_expert(shape.zero_expert.size(), -1);
+    for (Slot& slot : shape.slots) {
+      if (slot.adapter >= 0 || slot.kind != SlotKind::kExpert) continue;
+      int32_t& adapter = of_expert[static_cast<size_t>(slot.expert)];
+      if (adapter < 0) {
+        adapter = static_cast<int32_t>(shape.adapter_rank.size());
+        shape.adapter_rank.push_back(rank);
+      }
+      slot.adapter = adapter;
+    }
+  }
+  return shapes;
 }
 
 Json to_json(const Plan& plan) {

@@ -35,6 +35,7 @@ struct Plan {
   bool is_plain() const;  // nothing changed: a stock model
   std::vector<LayerShape> shapes() const;
   int64_t replaced() const;  // slots in all layers
+  int64_t fading() const;    // of those, the ones that have an expert to fade into
 };
 
 LayerPlan plain_layer_plan(int64_t num_slots);
@@ -44,6 +45,18 @@ Plan plain_plan(const ModelSize& size);
 struct SlotGroup;
 LayerPlan replacement_plan(int64_t num_slots, const std::vector<int32_t>& replaced,
                            const std::vector<SlotGroup>& groups, int64_t rank);
+
+// One stored expert and the slots that point to it.
+struct PlannedExpert {
+  std::vector<int32_t> slots;
+  BankEntry made_of;
+};
+// Slots of no expert are removed. Bank entries stand in the order of their lowest slot, so that nothing changed is the plain plan.
+LayerPlan table_plan(int64_t num_slots, std::vector<PlannedExpert> experts);
+
+// The shapes in training: an adapter of `rank` for every stored expert on its slots that have none (they share it, so that it can
+// be merged into the expert afterwards); rank 0 changes nothing.
+std::vector<LayerShape> with_adapters(std::vector<LayerShape> shapes, int64_t rank);
 
 Json to_json(const Plan& plan);
 // Error(kInput) starting with `name`. Shapes are not part of the text: they stand in config.json.

@@ -62,20 +62,6 @@ ParameterPtr frozen_copy(const std::string& name, const Tensor& value) {
   return p;
 }
 
-// Training shapes: what is stored, and an adapter of the method's rank on every slot without one.
-std::vector<LayerShape> training_shapes(const CompressionRecord& record) {
-  std::vector<LayerShape> shapes = record.plan.shapes();
-  if (record.rank == 0) return shapes;
-  for (LayerShape& shape : shapes) {
-    for (Slot& slot : shape.slots) {
-      if (slot.adapter >= 0 || slot.kind != SlotKind::kExpert) continue;
-      slot.adapter = static_cast<int32_t>(shape.adapter_rank.size());
-      shape.adapter_rank.push_back(record.rank);
-    }
-  }
-  return shapes;
-}
-
 // Marks what the method trains. Works on declared parameters as well.
 void mark_trainable(const Olmoe& model, const CompressionRecord& record) {
   const Trainable what = find_method(record.method).trainable;
@@ -94,13 +80,23 @@ void mark_trainable(const Olmoe& model, const CompressionRecord& record) {
   }
 }
 
-// How often each bank entry is used.
-std::vector<int> uses_of(const MoeLayer& moe) {
-  std::vector<int> uses(moe.experts.size(), 0);
+// Per adapter, whether it is the only one beside its expert and not one of the plan's: then it can become part of the expert.
+std::vector<uint8_t> mergeable_adapters(const MoeLayer& moe, const std::vector<int32_t>& planned_slots) {
+  std::vector<uint8_t> mergeable(moe.adapters.size(), 1);
+  std::vector<int32_t> adapter_of(moe.experts.size(), -1);
   for (const Slot& slot : moe.slots) {
-    if (slot.kind == SlotKind::kExpert) ++uses[static_cast<size_t>(slot.expert)];
+    if (slot.kind != SlotKind::kExpert) continue;
+    int32_t& first = adapter_of[static_cast<size_t>(slot.expert)];
+    if (first < 0) first = slot.adapter;
+    if (first == slot.adapter) continue;
+    for (const int32_t a : {first, slot.adapter}) {
+      if (a >= 0) mergeable[static_cast<size_t>(a)] = 0;
+    }
   }
-  return uses;
+  for (const int32_t slot : planned_slots) {
+    mergeable[static_cast<size_t>(moe.slots[static_cast<size_t>(slot)].adapter)] = 0;
+  }
+  return mergeable;
 }
 
 }  // namespace
@@ -119,10 +115,13 @@ class Recovery::Originals {
       const MoeLayer& moe = model.blocks[l].moe;
       auto& starts = starts_.emplace_back();
       for (const int32_t slot : record.plan.layers[l].replaced) {
+        const Slot& entry = moe.slots[static_cast<size_t>(slot)];
+        if (entry.kind != SlotKind::kExpert) continue;  // nothing to fade into
         Start start{.slot = slot};
-        for (const AdapterPart& part :
-             parts_of(moe.adapters[static_cast<size_t>(moe.slots[static_cast<size_t>(slot)].adapter)])) {
-          if (!is_zero(part.b)) start.parts.push_back({part.matrix, part.a.clone(), part.b.clone()});
+        if (entry.adapter >= 0) {
+          for (const AdapterPart& part : parts_of(moe.adapters[static_cast<size_t>(entry.adapter)])) {
+            if (!is_zero(part.b)) start.parts.push_back({part.matrix, part.a.clone(), part.b.clone()});
+          }
         }
         starts.push_back(std::move(start));
       }
@@ -175,7 +174,7 @@ Recovery::Recovery(const std::filesystem::path& compressed, const std::filesyste
   model_ = load_model(compressed, options.dtype);
   add_adapters();
   choose_trainable();
-  if (record_.plan.replaced() > 0 && annealing_.beta(0, steps) > 0) {
+  if (record_.plan.fading() > 0 && annealing_.beta(0, steps) > 0) {
     originals_ = std::make_unique<Originals>(base, *model_, record_, options.dtype);
   }
 }
@@ -183,15 +182,16 @@ Recovery::Recovery(const std::filesystem::path& compressed, const std::filesyste
 Recovery::~Recovery() = default;
 
 void Recovery::add_adapters() {
-  const std::vector<LayerShape> shapes = training_shapes(record_);
+  const std::vector<LayerShape> shapes = with_adapters(record_.plan.shapes(), record_.rank);
   const OlmoeConfig& c = model_->config;
   for (size_t l = 0; l < model_->blocks.size(); ++l) {
     MoeLayer& moe = model_->blocks[l].moe;
     for (size_t s = 0; s < moe.slots.size(); ++s) {
       const int32_t index = shapes[l].slots[s].adapter;
       if (moe.slots[s].adapter == index) continue;
-      require(index == static_cast<int32_t>(moe.adapters.size()), "recover: adapter {} of layer {}", index, l);
       moe.slots[s].adapter = index;
+      if (index < static_cast<int32_t>(moe.adapters.size())) continue;  // shared with an earlier slot
+      require(index == static_cast<int32_t>(moe.adapters.size()), "recover: adapter {} of layer {}", index, l);
       moe.adapters.push_back(make_adapter(c, record_.rank));
       for (const AdapterPart& part : parts_of(moe.adapters.back())) {
         const AdapterSite site{.layer = static_cast<int64_t>(l),
@@ -275,23 +275,22 @@ void Recovery::finish() {
   if (!options_.merge) return;
   for (size_t l = 0; l < model_->blocks.size(); ++l) {
     MoeLayer& moe = model_->blocks[l].moe;
-    const std::vector<int> uses = uses_of(moe);
-    std::vector<uint8_t> keeps_adapter(moe.slots.size(), 0);
-    for (const int32_t slot : record_.plan.layers[l].adapter_slot) keeps_adapter[static_cast<size_t>(slot)] = 1;
+    const std::vector<uint8_t> mergeable = mergeable_adapters(moe, record_.plan.layers[l].adapter_slot);
+    std::vector<int32_t> new_index(moe.adapters.size(), -2);  // -1: merged
     std::vector<Adapter> kept;
-    for (size_t s = 0; s < moe.slots.size(); ++s) {
-      Slot& slot = moe.slots[s];
+    for (Slot& slot : moe.slots) {
       if (slot.adapter < 0) continue;
-      const Adapter adapter = moe.adapters[static_cast<size_t>(slot.adapter)];
-      if (keeps_adapter[s] || uses[static_cast<size_t>(slot.expert)] != 1) {
-        slot.adapter = static_cast<int32_t>(kept.size());
-        kept.push_back(adapter);
-        continue;
+      const auto old = static_cast<size_t>(slot.adapter);
+      if (new_index[old] == -2 && mergeable[old]) {
+        for (const AdapterPart& part : parts_of(moe.adapters[old])) {
+          add_product(matrix_of(moe.experts[static_cast<size_t>(slot.expert)], part.matrix), part.b, part.a, 1);
+        }
+        new_index[old] = -1;
+      } else if (new_index[old] == -2) {
+        new_index[old] = static_cast<int32_t>(kept.size());
+        kept.push_back(moe.adapters[old]);
       }
-      for (const AdapterPart& part : parts_of(adapter)) {
-        add_product(matrix_of(moe.experts[static_cast<size_t>(slot.expert)], part.matrix), part.b, part.a, 1);
-      }
-      slot.adapter = -1;
+      slot.adapter = new_index[old];
     }
     moe.adapters = std::move(kept);
   }
@@ -307,8 +306,9 @@ void Recovery::save(const std::filesystem::path& directory, DType dtype, const J
     plan.shape = shape_of(moe);
     plan.adapter_slot.assign(moe.adapters.size(), -1);
     for (size_t s = 0; s < moe.slots.size(); ++s) {
-      if (moe.slots[s].adapter >= 0)
-        plan.adapter_slot[static_cast<size_t>(moe.slots[s].adapter)] = static_cast<int32_t>(s);
+      if (moe.slots[s].adapter < 0) continue;
+      int32_t& first = plan.adapter_slot[static_cast<size_t>(moe.slots[s].adapter)];
+      if (first < 0) first = static_cast<int32_t>(s);
     }
   }
   record.stored_parameters = stored_parameters(record.plan.shapes(), size);
@@ -323,7 +323,7 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   const CompressionRecord record = read_record(compressed);
   const Method& method = find_method(record.method);
   OlmoeConfig config = read_config(compressed);
-  const std::vector<LayerShape> shapes = training_shapes(record);
+  const std::vector<LayerShape> shapes = with_adapters(record.plan.shapes(), record.rank);
   const std::unique_ptr<Olmoe> model = declare_model(config, shapes);
   mark_trainable(*model, record);
   RecoveryEstimate estimate;
@@ -335,7 +335,7 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   const Annealing annealing = options.annealing.value_or(Annealing{.eps = method.anneal});
   const bool svd = record.options.adapter_init == AdapterInit::kSvd;
   const auto bytes = static_cast<int64_t>(size_of(svd ? DType::kF32 : options.dtype));
-  if (annealing.eps > 0) estimate.original_bytes = record.plan.replaced() * size.expert * bytes;
+  if (annealing.eps > 0) estimate.original_bytes = record.plan.fading() * size.expert * bytes;
   estimate.stored_parameters = stored_parameters(options.merge ? record.plan.shapes() : shapes, size);
   estimate.stored_bytes = estimate.stored_parameters * static_cast<int64_t>(size_of(saved_dtype));
   return estimate;

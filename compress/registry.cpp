@@ -23,6 +23,27 @@ AdapterInit parse_adapter_init(std::string_view name) {
 
 const char* name_of(AdapterInit init) { return init == AdapterInit::kSvd ? "svd" : "gaussian"; }
 
+const char* name_of(Needs needs) {
+  switch (needs) {
+    case Needs::kNothing:
+      return "nothing";
+    case Needs::kSums:
+      return "statistics";
+    case Needs::kAllOutputs:
+      return "mean outputs over all tokens";
+    case Needs::kInputs:
+      return "a sample of inputs";
+  }
+  return "?";
+}
+
+void check_needs(const Method& method, const Statistics& statistics) {
+  const LayerStatistics& layer = statistics.layers.front();
+  check(method.needs != Needs::kAllOutputs || !layer.all_output.empty(), ErrorKind::kUsage,
+        "{} needs {}: give --stats with a file of `lightmoe calibrate --all-outputs`", method.name,
+        name_of(method.needs));
+}
+
 RegisterMethod::RegisterMethod(Method method) {
   std::vector<Method>& list = registered();
   const auto place = std::lower_bound(list.begin(), list.end(), method,
@@ -58,11 +79,26 @@ int64_t matched_rank(const MethodInput& input, int64_t bases) {
   return std::max<int64_t>(1, std::llround(rank));
 }
 
+int64_t recovery_rank(const Method& method, const MethodInput& input, const Plan& plan) {
+  if (method.rank != nullptr) return method.rank(input);
+  if (method.trainable != Trainable::kAdapters) return 0;
+  const MethodOptions& options = input.options;
+  if (options.method_rank > 0) return options.method_rank;
+  const ModelSize size = model_size(input.config);
+  const auto all = static_cast<double>(lightmoe_trainable(size, options.bases, options.rank));
+  int64_t rank_one = 0;
+  for (const LayerShape& shape : with_adapters(plan.shapes(), 1)) rank_one += adapter_parameters(shape, size);
+  return std::max<int64_t>(1, std::llround(all / static_cast<double>(std::max<int64_t>(1, rank_one))));
+}
+
 int64_t trainable_parameters(const Method& method, const MethodInput& input, const Plan& plan) {
   const ModelSize size = model_size(input.config);
   if (method.trainable == Trainable::kNothing) return 0;
   if (method.trainable == Trainable::kEverything) return size.total();
-  int64_t sum = size.layers * size.slots * method.rank(input) * size.adapter_unit;
+  int64_t sum = 0;
+  for (const LayerShape& shape : with_adapters(plan.shapes(), recovery_rank(method, input, plan))) {
+    sum += adapter_parameters(shape, size);
+  }
   if (method.trainable == Trainable::kBasesAndAdapters) {
     for (const LayerPlan& layer : plan.layers) sum += static_cast<int64_t>(layer.bases.size()) * size.expert;
   }

@@ -48,14 +48,32 @@ enum class Trainable : uint8_t {
   kBasesAndAdapters,  // bases in full rank as well
 };
 
+// What a method reads beside the weights.
+enum class Needs : uint8_t {
+  kNothing,
+  kSums,        // what every calibration collects
+  kAllOutputs,  // calibrate --all-outputs
+  kInputs,      // calibrate --sample-inputs
+};
+
 struct Method {
   std::string name, summary;
+  std::string paper = "";  // arXiv id
+  std::string slots =
+      "";  // kinds of slots beside untouched experts: "removed", "shared", "adapter", "constant", "latent"
   Plan (*plan)(const MethodInput&);
-  int64_t (*rank)(const MethodInput&) = nullptr;  // of its adapters; null: none
+  int64_t (*rank)(const MethodInput&) = nullptr;  // of the adapters in recovery; null: see recovery_rank
   Trainable trainable = Trainable::kNothing;
+  Needs needs = Needs::kNothing;
+  bool train_free = false;  // published as usable without training
   double anneal = 0;        // default eps; 0 = direct
   bool compresses = false;  // takes a budget
 };
+
+// "nothing", "statistics", "mean outputs over all tokens", "a sample of inputs"
+const char* name_of(Needs needs);
+// Error(kUsage) when the statistics lack what the method reads; saying how to calibrate.
+void check_needs(const Method& method, const Statistics& statistics);
 
 struct RegisterMethod {
   explicit RegisterMethod(Method method);
@@ -67,7 +85,10 @@ const Method& find_method(std::string_view name);  // Error(kUsage) with the nam
 // `bases` trained bases per layer come closest to that (at least 1).
 int64_t lightmoe_trainable(const ModelSize& size, int64_t bases, int64_t rank);
 int64_t matched_rank(const MethodInput& input, int64_t bases);
-// What the method trains under this plan, adapters on every slot counted.
+// The method's rank, else (where adapters train) the one at which the adapters of this plan come closest to LightMoE's number;
+// 0 where no adapter trains.
+int64_t recovery_rank(const Method& method, const MethodInput& input, const Plan& plan);
+// What the method trains under this plan, the adapters that recovery adds counted.
 int64_t trainable_parameters(const Method& method, const MethodInput& input, const Plan& plan);
 
 }  // namespace lightmoe

@@ -12,9 +12,12 @@ Plan plan_replace_none(const MethodInput& input) { return plan_replacement(input
 
 const RegisterMethod method{{.name = "replace-none",
                              .summary = "no shared base: replaced experts become low-rank terms alone",
+                             .paper = "2603.12645",
+                             .slots = "adapter",
                              .plan = &plan_replace_none,
                              .rank = &rank_of,
                              .trainable = Trainable::kAdapters,
+                             .needs = Needs::kSums,
                              .compresses = true}};
 
 }  // namespace

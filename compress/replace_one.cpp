@@ -10,9 +10,12 @@ Plan plan_replace_one(const MethodInput& input) { return plan_replacement(input,
 
 const RegisterMethod method{{.name = "replace-one",
                              .summary = "one shared base per layer, replaced at once",
+                             .paper = "2603.12645",
+                             .slots = "shared, adapter",
                              .plan = &plan_replace_one,
                              .rank = &rank_of,
                              .trainable = Trainable::kBasesAndAdapters,
+                             .needs = Needs::kSums,
                              .compresses = true}};
 
 }  // namespace

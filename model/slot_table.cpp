@@ -44,7 +44,8 @@ class LayerReader {
           "{}: slots.expert has {} and slots.adapter {} entries, expected {} (config.json: num_experts)", where_,
           experts.size(), adapters.size(), count);
     const auto num_adapters = static_cast<int64_t>(shape.adapter_rank.size());
-    std::vector<uint8_t> used(shape.adapter_rank.size(), 0);
+    std::vector<int32_t> expert_of_adapter(shape.adapter_rank.size(), -1);
+    int64_t live = 0;
     for (size_t i = 0; i < count; ++i) {
       Slot slot;
       slot.expert = static_cast<int32_t>(integer(experts[i], "slots.expert", -1, entries - 1));
@@ -53,11 +54,17 @@ class LayerReader {
       check(slot.kind != SlotKind::kExpert || slot.expert >= 0, ErrorKind::kInput, "{}: slot {} points to no expert",
             where_, i);
       if (slot.adapter >= 0) {
-        check(!used[static_cast<size_t>(slot.adapter)]++, ErrorKind::kInput, "{}: adapter {} belongs to two slots",
-              where_, slot.adapter);
+        int32_t& owner = expert_of_adapter[static_cast<size_t>(slot.adapter)];
+        check(owner < 0 || owner == slot.expert, ErrorKind::kInput,
+              "{}: adapter {} belongs to slots of two experts ({} and {})", where_, slot.adapter, owner, slot.expert);
+        owner = slot.expert;
       }
+      live += slot.kind != SlotKind::kRemoved ? 1 : 0;
       shape.slots.push_back(slot);
     }
+    check(live >= config_.num_experts_per_token, ErrorKind::kInput,
+          "{}: {} slots are not removed, a token chooses {} (num_experts_per_tok)", where_, live,
+          config_.num_experts_per_token);
   }
 
   SlotKind kind(const Json& kinds, size_t i, size_t count) const {

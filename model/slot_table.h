@@ -6,7 +6,7 @@
 //   experts       entries of the bank; those in zero_experts stand for W = 0 and have no tensors (Replace without shared base)
 //   adapters      rank of each adapter;  slots.expert / slots.adapter: bank and adapter index per slot, -1 = none
 //   slots.kind    only when a slot is not of kind expert: "expert", "constant", "latent", "removed"
-// Every index is checked; an adapter belongs to at most one slot.
+// Every index is checked; an adapter belongs to slots of one expert; at least K slots are not removed.
 
 #include <cstdint>
 #include <string>

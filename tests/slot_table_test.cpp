@@ -9,6 +9,7 @@ OlmoeConfig small_config() {
   OlmoeConfig config;
   config.num_layers = 2;
   config.num_experts = 4;
+  config.num_experts_per_token = 2;
   return config;
 }
 
@@ -69,7 +70,9 @@ TEST(SlotTable, RefusesWhatDoesNotFit) {
   refused("/layers/1/adapters/0", 0, "expected 1 to");
   refused("/layers/1/slots/expert/0", 3, "expected -1 to 2");
   refused("/layers/1/slots/expert/0", -1, "slot 0 points to no expert");
-  refused("/layers/1/slots/adapter/3", 0, "adapter 0 belongs to two slots");
+  refused("/layers/1/slots/adapter/2", 0, "adapter 0 belongs to slots of two experts (1 and 2)");
+  refused("/layers/0/slots/kind", Json::array({"removed", "removed", "expert", "removed"}),
+          "1 slots are not removed, a token chooses 2");
   refused("/layers/1/slots/adapter", Json::array({1}), "slots.adapter 1 entries, expected 4");
   refused("/layers/1/slots", 7, "is missing");
 }

@@ -1,0 +1,22 @@
+#pragma once
+// What the pruning methods share: scores -> slots removed -> plan. They differ in the score alone.
+// The same number of experts goes in every layer, those of the lowest score, ties the lower slot first; the router's rows stay in
+// the file and are masked before the softmax, so that survivors' gates grow as if the rows had been deleted (softmax runs before the
+// choice and OLMoE does not renormalise). With --starved keep, experts without calibration tokens stay.
+
+#include <functional>
+
+#include "compress/registry.h"
+
+namespace lightmoe {
+
+// [E] of one layer, higher = more worth keeping.
+using ScoreFunction = std::function<std::vector<double>(int64_t layer)>;
+Plan plan_pruning(const MethodInput& input, const ScoreFunction& scores);
+
+// Slots by descending score, ties the higher slot first (the lower one goes first).
+std::vector<int32_t> by_descending_score(const std::vector<double>& scores);
+// The layer with these slots alone.
+LayerPlan pruned_layer(int64_t num_slots, const std::vector<int32_t>& kept);
+
+}  // namespace lightmoe
