@@ -1,5 +1,6 @@
 #include "kernels/adamw.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -79,6 +80,25 @@ double sum_of_squares(const T* values, int64_t count) {
   return sum;
 }
 
+void gradient_norm_cpu(const GradientNorm& op) {
+  const std::vector<Tensor>& gradients = op.gradients;
+  const std::vector<Chunk> chunks = cut(gradients.size(), [&](size_t i) { return gradients[i]; });
+  std::vector<double> sums(chunks.size());
+  parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Chunk& chunk = chunks[static_cast<size_t>(c)];
+      const Tensor& gradient = gradients[chunk.tensor];
+      visit_floating("gradient_norm", gradient.dtype(), [&]<class T>() {
+        sums[static_cast<size_t>(c)] = sum_of_squares(gradient.data<T>() + chunk.begin, chunk.end - chunk.begin);
+      });
+    }
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  op.norm.data<double>()[0] = std::sqrt(total);
+}
+const RegisterKernel<GradientNorm> register_norm{DeviceKind::kCpu, &gradient_norm_cpu};
+
 }  // namespace
 
 void run(const AdamW& op) {
@@ -94,21 +114,17 @@ void run(const AdamW& op) {
   dispatch(op, op.tensors[0].w.device(), "adamw");
 }
 
+void run(const GradientNorm& op) {
+  require_tensor(op.norm, "gradient_norm", "norm", {1}, DType::kF64);
+  dispatch(op, op.norm.device(), "gradient_norm");
+}
+
 double gradient_norm(const std::vector<Tensor>& gradients) {
-  const std::vector<Chunk> chunks = cut(gradients.size(), [&](size_t i) { return gradients[i]; });
-  std::vector<double> sums(chunks.size());
-  parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const Chunk& chunk = chunks[static_cast<size_t>(c)];
-      const Tensor& gradient = gradients[chunk.tensor];
-      visit_floating("gradient_norm", gradient.dtype(), [&]<class T>() {
-        sums[static_cast<size_t>(c)] = sum_of_squares(gradient.data<T>() + chunk.begin, chunk.end - chunk.begin);
-      });
-    }
-  });
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return std::sqrt(total);
+  const auto first = std::find_if(gradients.begin(), gradients.end(), [](const Tensor& t) { return t.defined(); });
+  if (first == gradients.end()) return 0;
+  const Tensor norm = Tensor::empty({1}, DType::kF64, first->device());
+  run(GradientNorm{.gradients = gradients, .norm = norm});
+  return norm.on(DeviceKind::kCpu).data<double>()[0];
 }
 
 }  // namespace lightmoe

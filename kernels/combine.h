@@ -9,6 +9,7 @@
 //   index i32 [T,J], scales [T,J] or undefined. Pairs of one visit need not be adjacent.
 // dtypes: rows f32/bf16/f64; gates, scales f32 (f64); sums in f32 (f64). dgates '+=' when accumulate_dgates, else '='; entries of
 //   dgates that no pair names are not touched; pair_index names an entry at most once. da, dgates may be undefined. Deterministic.
+// Indices are checked on the CPU only: the host does not read a GPU's.
 
 #include "runtime/dispatch.h"
 #include "runtime/tensor.h"

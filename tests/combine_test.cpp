@@ -1,7 +1,7 @@
 #include "kernels/combine.h"
 
 #include "tests/cases/combine.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -10,7 +10,6 @@ using testing::Guarded;
 using testing::random_tensor;
 using testing::to_doubles;
 
-const std::vector<DType> kTypes = {DType::kF32, DType::kBF16, DType::kF64};
 DType accumulator_type(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
 
 // Pairs name some of the T*K gates, each once and in no order; visits are random, so pairs of one visit are scattered.
@@ -102,9 +101,9 @@ void check_backward(const cases::CombineCase& c, DType dtype, bool accumulate) {
   EXPECT_TRUE(testing::close(dgates_actual.tensor(), dgates, testing::sum_tolerance(accumulator_type(dtype), c.width)));
 }
 
-TEST(Combine, PairOpsMatchTheEquations) {
+void check_pair_ops() {
   for (const auto& c : cases::combine) {
-    for (const DType dtype : kTypes) {
+    for (const DType dtype : testing::floating_dtypes()) {
       SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << " x " << c.top_k << ", " << c.visits
                                         << " visits x " << c.width);
       check_sums(c, dtype);
@@ -112,6 +111,10 @@ TEST(Combine, PairOpsMatchTheEquations) {
       check_backward(c, dtype, true);
     }
   }
+}
+
+TEST(Combine, PairOpsMatchTheEquations) {
+  testing::on_each_device<GatedSum, GatedSumBackward, SumPairs, ExpandPairs>(check_pair_ops);
 }
 
 void check_combine(const cases::CombineCase& c, DType dtype, bool scaled, bool accumulate) {
@@ -144,15 +147,17 @@ void check_combine(const cases::CombineCase& c, DType dtype, bool scaled, bool a
   EXPECT_TRUE(testing::close(y.tensor(), expected, testing::sum_tolerance(dtype, c.top_k + 1)));
 }
 
-TEST(Combine, MatchesTheEquation) {
+void check_combines() {
   for (const auto& c : cases::combine) {
-    for (const DType dtype : kTypes) {
+    for (const DType dtype : testing::floating_dtypes()) {
       for (const bool scaled : {false, true}) {
         for (const bool accumulate : {false, true}) check_combine(c, dtype, scaled, accumulate);
       }
     }
   }
 }
+
+TEST(Combine, MatchesTheEquation) { testing::on_each_device<Combine>(check_combines); }
 
 TEST(Combine, GradientCheckOfGatedSum) {
   const cases::CombineCase c{4, 3, 5, 6};

@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "tests/cases/elementwise.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -11,8 +11,6 @@ namespace {
 using testing::Guarded;
 using testing::random_tensor;
 using testing::to_doubles;
-
-const std::vector<DType> kTypes = {DType::kF32, DType::kBF16, DType::kF64};
 
 // Two roundings in the compute type and one when the result is stored.
 double tolerance_of(DType dtype) {
@@ -25,9 +23,9 @@ void expect_close(const Tensor& actual, const std::vector<double>& expected, DTy
   EXPECT_TRUE(testing::close(actual, expected, tolerance_of(dtype), 2 * tolerance_of(dtype) * terms));
 }
 
-TEST(Elementwise, AddAxpyScale) {
+void check_add_axpy_scale() {
   for (const int64_t n : cases::elementwise) {
-    for (const DType dtype : kTypes) {
+    for (const DType dtype : testing::floating_dtypes()) {
       SCOPED_TRACE(::testing::Message() << n << " " << name_of(dtype));
       const Tensor a = random_tensor({n}, dtype, 1), b = random_tensor({n}, dtype, 2);
       const std::vector<double> as = to_doubles(a), bs = to_doubles(b);
@@ -45,9 +43,11 @@ TEST(Elementwise, AddAxpyScale) {
   }
 }
 
-TEST(Elementwise, AxpyMixesTypes) {
-  for (const DType from : kTypes) {
-    for (const DType to : kTypes) {
+TEST(Elementwise, AddAxpyScale) { testing::on_each_device<Add, Axpy, Scale>(check_add_axpy_scale); }
+
+void check_axpy_types() {
+  for (const DType from : testing::floating_dtypes()) {
+    for (const DType to : testing::floating_dtypes()) {
       const Tensor x = random_tensor({1001}, from, 3), y = random_tensor({1001}, to, 4);
       std::vector<double> expected = to_doubles(y);
       const std::vector<double> xs = to_doubles(x);
@@ -58,7 +58,9 @@ TEST(Elementwise, AxpyMixesTypes) {
   }
 }
 
-TEST(Elementwise, OutputsMayBeInputs) {
+TEST(Elementwise, AxpyMixesTypes) { testing::on_each_device<Axpy>(check_axpy_types); }
+
+void check_in_place() {
   const Tensor a = random_tensor({5000}, DType::kF32, 5), b = random_tensor({5000}, DType::kF32, 6);
   const Tensor y = Tensor::empty({5000}, DType::kF32);
   const auto in_place = [&](const auto& op, const auto& op_on) {
@@ -76,7 +78,11 @@ TEST(Elementwise, OutputsMayBeInputs) {
            [&](const Tensor& c) { return Blend{.beta = 0.3, .a = c, .b = b, .y = c}; });
 }
 
-TEST(Elementwise, ClampIsExactAtTheBoundaryAndKeepsNaN) {
+TEST(Elementwise, OutputsMayBeInputs) {
+  testing::on_each_device<Add, Scale, Clamp, ClampBackward, Blend>(check_in_place);
+}
+
+void check_clamp_at_the_boundary() {
   const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
   const float above = std::nextafter(0.7f, 1.0f);
   const Tensor x = Tensor::from<float>({-infinity, -above, -0.7f, -0.0f, 0.7f, above, infinity, nan}, {8});
@@ -85,14 +91,18 @@ TEST(Elementwise, ClampIsExactAtTheBoundaryAndKeepsNaN) {
   const double limit = static_cast<double>(0.7f);
   run(Clamp{.limit = limit, .x = x, .y = y.tensor()});
   EXPECT_TRUE(testing::close(y.tensor(), {-limit, -limit, -limit, 0, limit, limit, limit, nan}, 0));
-  EXPECT_TRUE(std::isnan(y.tensor().data<float>()[7]));
+  EXPECT_TRUE(std::isnan(to_doubles(y.tensor())[7]));
   run(ClampBackward{.limit = limit, .x = x, .dy = dy, .dx = dx.tensor()});
   EXPECT_TRUE(testing::close(dx.tensor(), {0, 0, 3, 4, 5, 0, 0, 0}, 0));
 }
 
-TEST(Elementwise, ClampMatchesTheEquation) {
+TEST(Elementwise, ClampIsExactAtTheBoundaryAndKeepsNaN) {
+  testing::on_each_device<Clamp, ClampBackward>(check_clamp_at_the_boundary);
+}
+
+void check_clamp() {
   for (const int64_t n : cases::elementwise) {
-    for (const DType dtype : kTypes) {
+    for (const DType dtype : testing::floating_dtypes()) {
       const Tensor x = random_tensor({n}, dtype, 7), dy = random_tensor({n}, dtype, 8);
       const std::vector<double> xs = to_doubles(x);
       std::vector<double> clamped(xs), gradient = to_doubles(dy);
@@ -109,7 +119,9 @@ TEST(Elementwise, ClampMatchesTheEquation) {
   }
 }
 
-TEST(Elementwise, BlendMixesTypesAndIsExactAtItsEnds) {
+TEST(Elementwise, ClampMatchesTheEquation) { testing::on_each_device<Clamp, ClampBackward>(check_clamp); }
+
+void check_blend() {
   for (const DType a_type : {DType::kF32, DType::kBF16}) {
     for (const DType b_type : {DType::kF32, DType::kBF16}) {
       for (const DType y_type : {DType::kF32, DType::kBF16}) {
@@ -132,14 +144,18 @@ TEST(Elementwise, BlendMixesTypesAndIsExactAtItsEnds) {
   }
 }
 
+TEST(Elementwise, BlendMixesTypesAndIsExactAtItsEnds) { testing::on_each_device<Blend>(check_blend); }
+
 // At beta 0 an original that overflowed or is gone must not leak in.
-TEST(Elementwise, BlendAtZeroDoesNotReadTheOriginal) {
+void check_blend_at_zero() {
   const Tensor a = Tensor::from<float>({std::numeric_limits<float>::quiet_NaN()}, {1}),
                b = Tensor::from<float>({2}, {1});
   const Tensor y = Tensor::zeros({1}, DType::kF32);
   run(Blend{.beta = 0, .a = a, .b = b, .y = y});
-  EXPECT_EQ(y.data<float>()[0], 2);
+  EXPECT_EQ(to_doubles(y)[0], 2);
 }
+
+TEST(Elementwise, BlendAtZeroDoesNotReadTheOriginal) { testing::on_each_device<Blend>(check_blend_at_zero); }
 
 TEST(Elementwise, IsTheSameOnAnyThreads) {
   const Tensor a = random_tensor({100003}, DType::kF32, 11), b = random_tensor({100003}, DType::kF32, 12);

@@ -1,7 +1,7 @@
 #include "kernels/embedding.h"
 
 #include "tests/cases/embedding.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -22,9 +22,9 @@ void check_forward(const cases::EmbeddingCase& c, DType table_type, DType y_type
                table = random_tensor({c.vocabulary, c.width}, table_type, 2);
   const Guarded y({c.tokens, c.width}, y_type);
   run(Embedding{.ids = ids, .table = table, .y = y.tensor()});
-  const std::vector<double> values = to_doubles(table), actual = to_doubles(y.tensor());
+  const std::vector<double> values = to_doubles(table), actual = to_doubles(y.tensor()), rows = to_doubles(ids);
   for (int64_t i = 0; i < c.tokens * c.width; ++i) {
-    const int64_t row = ids.data<int32_t>()[i / c.width];
+    const int64_t row = static_cast<int64_t>(rows[static_cast<size_t>(i / c.width)]);
     ASSERT_EQ(actual[static_cast<size_t>(i)], values[static_cast<size_t>(row * c.width + i % c.width)]) << i;
   }
 }
@@ -33,10 +33,11 @@ void check_backward(const cases::EmbeddingCase& c, DType dy_type, DType table_ty
   const Tensor ids = random_ids(c.tokens, c.vocabulary, 3), dy = random_tensor({c.tokens, c.width}, dy_type, 4);
   const Tensor before = random_tensor({c.vocabulary, c.width}, table_type, 5);
   std::vector<double> expected = to_doubles(before);
-  const std::vector<double> gradient = to_doubles(dy);
+  const std::vector<double> gradient = to_doubles(dy), rows = to_doubles(ids);
   double largest = 0;
   for (int64_t i = 0; i < c.tokens * c.width; ++i) {
-    double& sum = expected[static_cast<size_t>(ids.data<int32_t>()[i / c.width] * c.width + i % c.width)];
+    const int64_t row = static_cast<int64_t>(rows[static_cast<size_t>(i / c.width)]);
+    double& sum = expected[static_cast<size_t>(row * c.width + i % c.width)];
     sum += gradient[static_cast<size_t>(i)];
     largest = std::max(largest, std::abs(sum));
   }
@@ -50,15 +51,17 @@ void check_backward(const cases::EmbeddingCase& c, DType dy_type, DType table_ty
 }
 
 TEST(Embedding, MatchesTheEquation) {
-  for (const auto& c : cases::embedding) {
-    SCOPED_TRACE(::testing::Message() << c.tokens << " of " << c.vocabulary << " x " << c.width);
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
-      check_forward(c, dtype, dtype);
-      check_backward(c, dtype, dtype);
+  testing::on_each_device<Embedding, EmbeddingBackward>([] {
+    for (const auto& c : cases::embedding) {
+      SCOPED_TRACE(::testing::Message() << c.tokens << " of " << c.vocabulary << " x " << c.width);
+      for (const DType dtype : testing::floating_dtypes()) {
+        check_forward(c, dtype, dtype);
+        check_backward(c, dtype, dtype);
+      }
+      check_forward(c, DType::kBF16, DType::kF32);
+      check_backward(c, DType::kBF16, DType::kF32);
     }
-    check_forward(c, DType::kBF16, DType::kF32);
-    check_backward(c, DType::kBF16, DType::kF32);
-  }
+  });
 }
 
 TEST(Embedding, BackwardIsTheSameOnAnyThreads) {

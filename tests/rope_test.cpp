@@ -1,7 +1,7 @@
 #include "kernels/rope.h"
 
 #include "tests/cases/rope.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -18,14 +18,14 @@ Tensor positions_from(int32_t first, int64_t count) {
 
 // Complex numbers (x[i], x[i + half]) multiplied by e^(i angle).
 std::vector<double> oracle(const Tensor& x, const Tensor& positions, int64_t head_dim, double theta, double direction) {
-  const std::vector<double> xs = to_doubles(x);
+  const std::vector<double> xs = to_doubles(x), at = to_doubles(positions);
   std::vector<double> y(xs.size());
   const int64_t half = head_dim / 2, width = x.dim(1);
   for (int64_t element = 0; element < x.numel(); ++element) {
     const int64_t i = element % head_dim;
     if (i >= half) continue;
     const double inverse_frequency = std::pow(theta, 2 * static_cast<double>(i) / static_cast<double>(head_dim));
-    const double angle = direction * positions.data<int32_t>()[element / width] / inverse_frequency;
+    const double angle = direction * at[static_cast<size_t>(element / width)] / inverse_frequency;
     const size_t low = static_cast<size_t>(element), high = static_cast<size_t>(element + half);
     y[low] = xs[low] * std::cos(angle) - xs[high] * std::sin(angle);
     y[high] = xs[high] * std::cos(angle) + xs[low] * std::sin(angle);
@@ -33,9 +33,9 @@ std::vector<double> oracle(const Tensor& x, const Tensor& positions, int64_t hea
   return y;
 }
 
-TEST(Rope, MatchesTheEquation) {
+void check_cases() {
   for (const auto& c : cases::rope) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) {
+    for (const DType dtype : testing::floating_dtypes()) {
       SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.tokens << " x " << c.heads << " x "
                                         << c.head_dim);
       const Tensor x = random_tensor({c.tokens, c.heads * c.head_dim}, dtype, 1);
@@ -50,6 +50,8 @@ TEST(Rope, MatchesTheEquation) {
     }
   }
 }
+
+TEST(Rope, MatchesTheEquation) { testing::on_each_device<Rope>(check_cases); }
 
 // The rotation is linear and orthogonal: its gradient is the inverse rotation.
 TEST(Rope, GradientCheck) {
@@ -67,7 +69,7 @@ TEST(Rope, GradientCheck) {
       x, dx));
 }
 
-TEST(Rope, WorksInPlaceAndDoesNothingAtPositionZero) {
+void check_in_place() {
   const Tensor x = random_tensor({7, 64}, DType::kF32, 4), y = Tensor::empty({7, 64}, DType::kF32);
   const Tensor positions = positions_from(3, 7);
   run(Rope{.x = x, .positions = positions, .head_dim = 32, .y = y});
@@ -78,7 +80,9 @@ TEST(Rope, WorksInPlaceAndDoesNothingAtPositionZero) {
   EXPECT_TRUE(testing::bits_equal(y.slice(0, 1), x.slice(0, 1)));
 }
 
-TEST(Rope, ARowDoesNotDependOnTheOthers) {
+TEST(Rope, WorksInPlaceAndDoesNothingAtPositionZero) { testing::on_each_device<Rope>(check_in_place); }
+
+void check_rows() {
   const Tensor x = random_tensor({9, 64}, DType::kF32, 5), all = Tensor::empty({9, 64}, DType::kF32);
   const Tensor one = Tensor::empty({1, 64}, DType::kF32), positions = positions_from(0, 9);
   run(Rope{.x = x, .positions = positions, .head_dim = 64, .y = all});
@@ -87,6 +91,8 @@ TEST(Rope, ARowDoesNotDependOnTheOthers) {
     EXPECT_TRUE(testing::bits_equal(one, all.slice(t, t + 1)));
   }
 }
+
+TEST(Rope, ARowDoesNotDependOnTheOthers) { testing::on_each_device<Rope>(check_rows); }
 
 TEST(Rope, RefusesWrongArguments) {
   const Tensor x = Tensor::zeros({2, 12}, DType::kF32), positions = positions_from(0, 2);

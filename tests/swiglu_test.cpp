@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "tests/cases/swiglu.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -43,9 +43,11 @@ void check_case(const cases::SwiGluCase& c, DType dtype) {
 }
 
 TEST(SwiGlu, MatchesTheEquation) {
-  for (const auto& c : cases::swiglu) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) check_case(c, dtype);
-  }
+  testing::on_each_device<SwiGlu, SwiGluBackward>([] {
+    for (const auto& c : cases::swiglu) {
+      for (const DType dtype : testing::floating_dtypes()) check_case(c, dtype);
+    }
+  });
 }
 
 TEST(SwiGlu, GradientCheck) {
@@ -62,7 +64,7 @@ TEST(SwiGlu, GradientCheck) {
       h, dh));
 }
 
-TEST(SwiGlu, BackwardWorksInPlace) {
+void check_in_place() {
   const Tensor h = random_tensor({9, 2 * 77}, DType::kF32, 5), da = random_tensor({9, 77}, DType::kF32, 6);
   const Tensor dh = Tensor::empty({9, 2 * 77}, DType::kF32), a = Tensor::empty({9, 77}, DType::kF32);
   run(SwiGluBackward{.h = h, .da = da, .dh = dh, .a = a});
@@ -72,8 +74,10 @@ TEST(SwiGlu, BackwardWorksInPlace) {
   EXPECT_TRUE(testing::bits_equal(da_in_place, a));
 }
 
+TEST(SwiGlu, BackwardWorksInPlace) { testing::on_each_device<SwiGluBackward>(check_in_place); }
+
 // Far out silu is 0 or the identity, never NaN.
-TEST(SwiGlu, SaturatesCleanly) {
+void check_saturation() {
   const Tensor h = Tensor::from<float>({-200, 200, -1e30f, 1e30f, 1, 1, 1, 1}, {1, 8});
   const Tensor da = Tensor::from<float>({1, 1, 1, 1}, {1, 4});
   const Guarded a({1, 4}, DType::kF32), dh({1, 8}, DType::kF32);
@@ -82,6 +86,8 @@ TEST(SwiGlu, SaturatesCleanly) {
   run(SwiGluBackward{.h = h, .da = da, .dh = dh.tensor()});
   EXPECT_TRUE(testing::close(dh.tensor(), {0, 1, 0, 1, 0, 200, 0, static_cast<double>(1e30f)}, 0));
 }
+
+TEST(SwiGlu, SaturatesCleanly) { testing::on_each_device<SwiGlu, SwiGluBackward>(check_saturation); }
 
 TEST(SwiGlu, RefusesWrongShapes) {
   const Tensor h = Tensor::zeros({2, 6}, DType::kF32), a = Tensor::zeros({2, 2}, DType::kF32);
