@@ -28,28 +28,28 @@ std::vector<int32_t> order_slots(const std::vector<int32_t>& group_of_slot) {
 void to_offsets(std::vector<int32_t>* counts) { std::partial_sum(counts->begin(), counts->end(), counts->begin()); }
 
 Tensor tensor_of(const std::vector<int32_t>& values) {
+  const DeviceScope host(DeviceKind::kCpu);
   return Tensor::from(values, {static_cast<int64_t>(values.size())});
 }
 
 class Planner {
  public:
-  Planner(const Tensor& slots, const std::vector<int32_t>& group_of_slot, int64_t num_groups)
-      : slots_(slots.data<int32_t>()),
-        tokens_(slots.dim(0)),
-        top_k_(slots.dim(1)),
-        num_groups_(static_cast<size_t>(num_groups)),
-        group_of_slot_(group_of_slot) {
-    plan_.slot_order = order_slots(group_of_slot);
-    position_ = positions_in(plan_.slot_order, group_of_slot.size());
-    plan_.token_visit = Tensor::empty(slots.shape(), DType::kI32);
-    plan_.index_pair = Tensor::empty(slots.shape(), DType::kI32);
+  explicit Planner(const FillDispatchPlan& op)
+      : slots_(op.slots.data<int32_t>()),
+        tokens_(op.slots.dim(0)),
+        top_k_(op.slots.dim(1)),
+        num_groups_(static_cast<size_t>(op.num_groups)),
+        group_of_slot_(op.group_of_slot),
+        position_(op.position_of_slot),
+        plan_(op.plan) {
+    plan_.token_visit = Tensor::empty(op.slots.shape(), DType::kI32, DeviceKind::kCpu);
+    plan_.index_pair = Tensor::empty(op.slots.shape(), DType::kI32, DeviceKind::kCpu);
   }
 
-  DispatchPlan make() {
+  void fill() {
     count();
     place_visits();
     place_pairs();
-    return std::move(plan_);
   }
 
  private:
@@ -90,7 +90,7 @@ class Planner {
   }
 
   void place_visits() {
-    plan_.visit_token = Tensor::empty({plan_.num_visits}, DType::kI32);
+    plan_.visit_token = Tensor::empty({plan_.num_visits}, DType::kI32, DeviceKind::kCpu);
     int32_t *visit_token = plan_.visit_token.data<int32_t>(), *token_visit = plan_.token_visit.data<int32_t>();
     std::vector<int32_t> next = group_begin_;
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -107,9 +107,9 @@ class Planner {
 
   void place_pairs() {
     const Shape shape{plan_.num_pairs};
-    plan_.pair_token = Tensor::empty(shape, DType::kI32);
-    plan_.pair_index = Tensor::empty(shape, DType::kI32);
-    plan_.pair_visit = Tensor::empty(shape, DType::kI32);
+    plan_.pair_token = Tensor::empty(shape, DType::kI32, DeviceKind::kCpu);
+    plan_.pair_index = Tensor::empty(shape, DType::kI32, DeviceKind::kCpu);
+    plan_.pair_visit = Tensor::empty(shape, DType::kI32, DeviceKind::kCpu);
     int32_t *pair_token = plan_.pair_token.data<int32_t>(), *pair_index = plan_.pair_index.data<int32_t>();
     int32_t *pair_visit = plan_.pair_visit.data<int32_t>(), *index_pair = plan_.index_pair.data<int32_t>();
     std::vector<int32_t> next = slot_begin_, current(num_groups_, -1), next_visit = group_begin_;
@@ -132,10 +132,13 @@ class Planner {
   const int32_t* slots_;
   int64_t tokens_, top_k_;
   size_t num_groups_;
-  const std::vector<int32_t>& group_of_slot_;
-  std::vector<int32_t> position_, slot_begin_, group_begin_, pair_group_begin_;
-  DispatchPlan plan_;
+  const std::vector<int32_t>&group_of_slot_, &position_;
+  std::vector<int32_t> slot_begin_, group_begin_, pair_group_begin_;
+  DispatchPlan& plan_;
 };
+
+void fill_cpu(const FillDispatchPlan& op) { Planner(op).fill(); }
+const RegisterKernel<FillDispatchPlan> register_fill{DeviceKind::kCpu, &fill_cpu};
 
 }  // namespace
 
@@ -147,7 +150,16 @@ DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>&
     require(group_of_slot[s] >= -1 && group_of_slot[s] < num_groups, "dispatch_plan: slot {} is in group {} of {}", s,
             group_of_slot[s], num_groups);
   }
-  return Planner(slots, group_of_slot, num_groups).make();
+  DispatchPlan plan;
+  plan.slot_order = order_slots(group_of_slot);
+  const std::vector<int32_t> position_of_slot = positions_in(plan.slot_order, group_of_slot.size());
+  dispatch(FillDispatchPlan{.slots = slots,
+                            .group_of_slot = group_of_slot,
+                            .position_of_slot = position_of_slot,
+                            .num_groups = num_groups,
+                            .plan = plan},
+           slots.device(), "dispatch_plan");
+  return plan;
 }
 
 }  // namespace lightmoe

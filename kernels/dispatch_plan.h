@@ -8,7 +8,13 @@
 // A slot with group_of_slot = -1 has no expert (constant, removed): its pairs are dropped, index_pair = -1.
 // Slots are numbered 0..E-1; slot_order lists the slots by (group, slot), those without group left out, so that slot_order[s] owns
 //   pairs [slot_offsets[s], slot_offsets[s+1]) with s < slot_order.size().
-// shapes: slots i32 [T,K]; all outputs i32. P and V are known after the call (host), 0 is legal. Deterministic. Bytes: about 24 T K.
+// shapes: slots i32 [T,K]; all outputs i32, where slots lies. 0 pairs and 0 visits are legal. Deterministic. Bytes: about 24 T K.
+// cpu: num_pairs = P and num_visits = V exactly.
+// sim, cuda: the host never waits for the device, so num_pairs = T K and num_visits = T min(K, G) are upper bounds: the lists have
+//   that many rows, those from P (from V) on hold -1, and P, V are the last of slot_offsets and group_offsets, in device memory. Where
+//   every slot has a group P = T K. So rows of pair or visit tensors behind the last group belong to nobody: grouped products, which
+//   take their rows from the offsets, never touch them, row-wise ops may compute on whatever they hold, and who follows
+//   pair_token, pair_index, pair_visit or visit_token skips -1. token_visit and index_pair are the same on every device.
 
 #include <vector>
 
@@ -18,13 +24,22 @@
 namespace lightmoe {
 
 struct DispatchPlan {
-  int64_t num_pairs = 0, num_visits = 0;
+  int64_t num_pairs = 0, num_visits = 0;  // rows of the lists
   std::vector<int32_t> slot_order;  // slots that own pairs, by (group, slot)
   Tensor pair_token, pair_index, pair_visit, slot_offsets, pair_group_offsets;
   Tensor visit_token, group_offsets;
   Tensor token_visit, index_pair;
 };
-// group_of_slot has one entry per slot, each in [-1, num_groups). Throws Error(kInternal) on a slot out of range.
+// group_of_slot has one entry per slot, each in [-1, num_groups). Throws Error(kInternal) on a slot out of range (sim, cuda: the kernel
+// traps, an Error(kDevice); at most 512 slots with 1024 groups and slots together).
 DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>& group_of_slot, int64_t num_groups);
+
+// What make_dispatch_plan dispatches, checked and with plan.slot_order made: fills the rest of the plan.
+struct FillDispatchPlan {
+  const Tensor& slots;
+  const std::vector<int32_t>&group_of_slot, &position_of_slot;  // position in slot_order, -1 without group
+  int64_t num_groups;
+  DispatchPlan& plan;
+};
 
 }  // namespace lightmoe
