@@ -18,7 +18,7 @@ void for_pieces(int64_t rows, int64_t columns, F&& f) {
 
 // out [n, columns] f64 = sum_i weight_i rows [first, first + n) of source i.
 void mix_rows(const std::vector<WeightedMatrix>& sources, int64_t first, const Tensor& out,
-              std::vector<FiniteScan>* scans) {
+              std::vector<FiniteCheck>* scans) {
   const Tensor rows = Tensor::empty(out.shape(), DType::kF64);
   double* sum = out.data<double>();
   std::fill(sum, sum + out.numel(), 0.0);
@@ -46,7 +46,7 @@ void StreamedTensors::add(const std::string& name, const std::vector<int64_t>& s
 void StreamedTensors::add_copy(const std::string& name, const std::vector<int64_t>& shape, const MatrixPlace& place) {
   const DType dtype = output_dtype(place.dtype);
   add(name, shape, dtype, [this, place, dtype](const Sink& sink) {
-    FiniteScan scan(place.info->name, allow_nonfinite_);
+    FiniteCheck scan(place.info->name, allow_nonfinite_);
     for_pieces(place.rows, place.columns, [&](int64_t first, int64_t count) {
       const Tensor rows = Tensor::empty({count, place.columns}, place.dtype);
       place.read_rows(first, rows);
@@ -62,7 +62,7 @@ void StreamedTensors::add_mix(const std::string& name, const std::vector<int64_t
   require(!sources.empty(), "add_mix: {} has no sources", name);
   const DType dtype = output_dtype(sources.front().place.dtype);
   add(name, shape, dtype, [this, sources, dtype](const Sink& sink) {
-    std::vector<FiniteScan> scans;
+    std::vector<FiniteCheck> scans;
     for (const WeightedMatrix& source : sources) scans.emplace_back(source.place.info->name, allow_nonfinite_);
     const MatrixPlace& like = sources.front().place;
     for_pieces(like.rows, like.columns, [&](int64_t first, int64_t count) {
@@ -70,7 +70,7 @@ void StreamedTensors::add_mix(const std::string& name, const std::vector<int64_t
       mix_rows(sources, first, sum, &scans);
       emit(sum, dtype, sink);
     });
-    for (const FiniteScan& scan : scans) non_finite_ += scan.finish();
+    for (const FiniteCheck& scan : scans) non_finite_ += scan.finish();
   });
 }
 

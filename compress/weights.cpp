@@ -130,7 +130,7 @@ int64_t count_non_finite(const void* data, int64_t count, Bits exponent, int64_t
 
 }  // namespace
 
-void FiniteScan::scan(const void* data, DType dtype, int64_t count) {
+void FiniteCheck::scan(const void* data, DType dtype, int64_t count) {
   int64_t bad = 0, first = -1;
   switch (dtype) {
     case DType::kF32:
@@ -153,7 +153,7 @@ void FiniteScan::scan(const void* data, DType dtype, int64_t count) {
   seen_ += count;
 }
 
-int64_t FiniteScan::finish() const {
+int64_t FiniteCheck::finish() const {
   check(bad_ == 0 || allowed_, ErrorKind::kNumeric,
         "tensor \"{}\": {} of {} values are NaN or infinite, the first at index {}; --allow-nonfinite copies them as "
         "they are",

@@ -44,9 +44,9 @@ class ExpertSource {
 };
 
 // Counts non-finite values of one tensor as its pieces pass.
-class FiniteScan {
+class FiniteCheck {
  public:
-  FiniteScan(std::string name, bool allowed) : name_(std::move(name)), allowed_(allowed) {}
+  FiniteCheck(std::string name, bool allowed) : name_(std::move(name)), allowed_(allowed) {}
   void scan(const void* data, DType dtype, int64_t count);
   // Error(kNumeric) with count and first index, unless allowed. Returns the count.
   int64_t finish() const;
