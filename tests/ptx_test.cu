@@ -52,7 +52,7 @@ __global__ void mma_from_ldmatrix_kernel(const bf16* a, const bf16* b, float* d)
   auto& tile = shared_memory<Tile16>();
   const int lane = lane_id();
   ptx::cp_async_16(&tile.a[lane / 2][lane % 2 * 8], a + lane * 8);
-  ptx::cp_async_16(&tile.b[lane / 2 % 8][lane % 2 * 8], b + lane % 16 * 8, true);
+  ptx::cp_async_16(&tile.b[lane / 2 % 8][lane % 2 * 8], b + lane % 16 * 8);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   sync_warp();
@@ -166,7 +166,7 @@ __global__ void cp_async_kernel(const float* in, float* out) {  // three groups 
   auto& shared = shared_memory<Stages>();
   const int t = static_cast<int>(threadIdx.x);
   for (int stage = 0; stage < 3; ++stage) {
-    ptx::cp_async_16(shared.data[stage][t], in + (stage * 64 + t) * 4, t != 5);
+    ptx::cp_async_16(shared.data[stage][t], in + (stage * 64 + t) * 4, t == 5 ? 0 : t == 6 ? 8 : 16);
     ptx::cp_async_commit();
   }
   const auto emit = [&](int stage) {
@@ -177,8 +177,8 @@ __global__ void cp_async_kernel(const float* in, float* out) {  // three groups 
   emit(0);
   ptx::cp_async_wait<1>();
   emit(1);
-  ptx::cp_async_4(&shared.data[0][t][0], in + t, true);
-  ptx::cp_async_4(&shared.data[0][t][1], in + t, false);
+  ptx::cp_async_4(&shared.data[0][t][0], in + t);
+  ptx::cp_async_4(&shared.data[0][t][1], in + t, 0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   emit(2);
@@ -186,7 +186,7 @@ __global__ void cp_async_kernel(const float* in, float* out) {  // three groups 
   out[768 + t * 2 + 1] = shared.data[0][t][1];
 }
 
-DEVICE_TEST(Ptx, CpAsyncBringsGroupsInOrderAndZerosWhereInvalid) {
+DEVICE_TEST(Ptx, CpAsyncBringsGroupsInOrderAndZerosBehindTheSource) {
   std::vector<float> in(768);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i + 1);
   const DeviceArray<float> input(in), out(768 + 128);
@@ -194,7 +194,8 @@ DEVICE_TEST(Ptx, CpAsyncBringsGroupsInOrderAndZerosWhereInvalid) {
   const std::vector<float> v = out.values();
   for (size_t i = 0; i < 768; ++i) {
     const size_t stage = i / 256, source = 63 - i / 4 % 64;
-    EXPECT_EQ(v[i], source == 5 ? 0.0f : in[(stage * 64 + source) * 4 + i % 4]) << i;
+    const bool zero = source == 5 || (source == 6 && i % 4 >= 2);
+    EXPECT_EQ(v[i], zero ? 0.0f : in[(stage * 64 + source) * 4 + i % 4]) << i;
   }
   for (size_t t = 0; t < 64; ++t) {
     EXPECT_EQ(v[768 + t * 2], in[t]);

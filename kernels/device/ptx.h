@@ -31,15 +31,15 @@ DEVICE_FN void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// 16 bytes from global to shared memory past L1; `valid` false writes zeros and reads nothing.
-DEVICE_FN void cp_async_16(void* shared, const void* global, bool valid = true) {
+// 16 (4) bytes from global to shared memory; source_bytes of them are read, the rest is zeros. 16: past L1.
+DEVICE_FN void cp_async_16(void* shared, const void* global, int source_bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+               "r"(source_bytes)
                : "memory");
 }
-DEVICE_FN void cp_async_4(void* shared, const void* global, bool valid = true) {
+DEVICE_FN void cp_async_4(void* shared, const void* global, int source_bytes = 4) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 4 : 0)
+               "r"(source_bytes)
                : "memory");
 }
 DEVICE_FN void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -91,11 +91,11 @@ inline uint32_t to_bf16x2(float first, float second) {
 }
 inline void barrier_sync(int id, int threads SITE) { simulator::barrier_sync(id, threads, site_); }
 inline void barrier_arrive(int id, int threads SITE) { simulator::barrier_arrive(id, threads, site_); }
-inline void cp_async_16(void* shared, const void* global, bool valid = true SITE) {
-  simulator::cp_async(shared, global, 16, valid ? 16 : 0, site_);
+inline void cp_async_16(void* shared, const void* global, int source_bytes = 16 SITE) {
+  simulator::cp_async(shared, global, 16, source_bytes, site_);
 }
-inline void cp_async_4(void* shared, const void* global, bool valid = true SITE) {
-  simulator::cp_async(shared, global, 4, valid ? 4 : 0, site_);
+inline void cp_async_4(void* shared, const void* global, int source_bytes = 4 SITE) {
+  simulator::cp_async(shared, global, 4, source_bytes, site_);
 }
 inline void cp_async_commit(LIGHTMOE_ONLY_SITE) { simulator::cp_async_commit(site_); }
 template <int kGroupsLeft>
@@ -111,5 +111,8 @@ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint3
 }
 
 #endif
+
+void cp_async_16(void*, const void*, bool) = delete;  // a count of bytes, not a condition
+void cp_async_4(void*, const void*, bool) = delete;
 
 }  // namespace lightmoe::LIGHTMOE_DEVICE::ptx

@@ -28,6 +28,7 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Sit
       (source_bytes != 0 && reinterpret_cast<uintptr_t>(global) % size != 0)) {
     fault("alignment", site, "cp.async: an address is no multiple of {}", bytes);
   }
+  if (source_bytes < 0 || source_bytes > bytes) fault("async", site, "cp.async: {} of {} bytes", source_bytes, bytes);
   shared_offset(block, shared, size, "cp.async destination", site);
   AsyncCopy copy{
       static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes, source_bytes, {}, site};
