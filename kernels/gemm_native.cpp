@@ -76,11 +76,12 @@ class BlockedTask {
         const int height = rows_.width(i);
         const uint32_t* a = space_.a + rows_.begin(i) * block_steps_;
         float* sums = space_.sums + (one_block_ ? 0 : rows_.begin(i) * columns_.padded() + columns_.begin(j) * height);
-        if (first) std::fill_n(sums, height * width, 0.0f);
-        tile_function(compute_, height, width / kLanes)(steps, a, b, sums);
-        if (!last) continue;
-        write_tile(out_, rows_.first + rows_.begin(i), columns_.first + columns_.begin(j), height, columns_.lanes_in(j),
-                   sums, width);
+        const int64_t row = rows_.first + rows_.begin(i), column = columns_.first + columns_.begin(j);
+        const bool direct = last && out_.dtype == DType::kF32 && columns_.lanes_in(j) == width;
+        float* c = direct ? static_cast<float*>(out_.c) + row * out_.stride + column : nullptr;
+        tile_function(compute_, height,
+                      width / kLanes)({steps, a, b, sums, first, c, out_.stride, out_.alpha, out_.beta});
+        if (last && !direct) write_tile(out_, row, column, height, columns_.lanes_in(j), sums, width);
       }
     }
   }

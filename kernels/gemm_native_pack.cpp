@@ -65,10 +65,10 @@ void pack_rows(const PackArguments& p) {
   }
 }
 
-// `lanes` elements of one stored row (of two, in pairs; odd is null behind the last) to one step of a panel. Full vectors
-// are written where they stay within `room` dwords, the rest of the panel, whose later steps are written later.
+// The first `lanes` elements of one stored row (of two, in pairs; odd is null behind the last) to one step of a panel.
+// Full vectors are written where they stay within `room` dwords, the rest of the panel, whose later steps are written later.
 template <class T, class Mode>
-void pack_step(const T* even, const T* odd, int lanes, int64_t room, uint32_t* out) {
+[[gnu::always_inline]] inline void pack_step(const T* even, const T* odd, int lanes, int64_t room, uint32_t* out) {
   for (int w = 0; w < lanes; w += kLanes) {
     const int n = std::min(lanes - w, kLanes);
     Dwords step;
@@ -85,11 +85,11 @@ void pack_step(const T* even, const T* odd, int lanes, int64_t room, uint32_t* o
   }
 }
 
-// Lanes are stored columns: a few stored rows at a time, so that each is read along its length and each panel written
-// in long pieces.
+// Lanes are stored columns: a few stored rows at a time, so that each panel is written in long pieces. A row is left after
+// a few hundred bytes, which no hardware prefetcher follows: the rows to come are asked for here.
 template <class T, class Mode>
 void pack_columns(const PackArguments& p) {
-  constexpr int64_t kStepsAtOnce = 8;
+  constexpr int64_t kStepsAtOnce = 8, kAhead = 2 * kStepsAtOnce * Mode::kPerStep, kLine = 64 / sizeof(T);
   const T* data = static_cast<const T*>(p.matrix.data) + p.panels.first;
   const int64_t steps = (p.k_end - p.k_begin + Mode::kPerStep - 1) / Mode::kPerStep;
   for (int64_t s0 = 0; s0 < steps; s0 += kStepsAtOnce) {
@@ -100,8 +100,16 @@ void pack_columns(const PackArguments& p) {
       uint32_t* out = p.panel(i) + s0 * width;
       for (int64_t s = s0; s < s1; ++s, out += width) {
         const int64_t k = p.k_begin + s * Mode::kPerStep;
+        const T* even = column + p.matrix.row_offset(k);
         const T* odd = Mode::kPerStep == 2 && k + 1 < p.k_end ? column + p.matrix.row_offset(k + 1) : nullptr;
-        pack_step<T, Mode>(column + p.matrix.row_offset(k), odd, lanes, (steps - s) * width, out);
+        for (int64_t r = k + kAhead; r < std::min(k + kAhead + Mode::kPerStep, p.k_end); ++r) {
+          const T* later = column + p.matrix.row_offset(r);
+          for (int64_t l = 0; l < lanes; l += kLine) __builtin_prefetch(later + l, 0, 2);
+        }
+        if (lanes == 2 * kLanes)
+          pack_step<T, Mode>(even, odd, 2 * kLanes, 2 * kLanes, out);
+        else
+          pack_step<T, Mode>(even, odd, lanes, (steps - s) * width, out);
       }
     }
   }

@@ -6,15 +6,24 @@
 namespace lightmoe::native {
 namespace {
 
+// What C becomes: the same operations wherever a row is written.
+inline Floats updated(Floats sum, Floats c, Floats alpha, Floats beta, bool keep) {
+  const Floats product = alpha * sum;
+  return keep ? multiply_add(beta, c, product) : product;
+}
+
 template <class Mode, int kRows, int kVectors>
-void multiply_tile(int64_t steps, const uint32_t* __restrict a, const uint32_t* __restrict b, float* sums) {
-  Floats sum[kRows][kVectors];
+void multiply_tile(const TileCall& call) {
+  Floats sum[kRows][kVectors] = {};
+  if (!call.first) {
 #pragma GCC unroll 14
-  for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = load_vector<Floats>(sums + (i * kVectors + v) * kLanes);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = load_vector<Floats>(call.sums + (i * kVectors + v) * kLanes);
+    }
   }
-  for (int64_t s = 0; s < steps; ++s) {
+  const uint32_t* __restrict a = call.a, * __restrict b = call.b;
+  for (int64_t s = 0; s < call.steps; ++s) {
     Dwords right[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) right[v] = load_vector<Dwords>(b + v * kLanes);
@@ -26,10 +35,18 @@ void multiply_tile(int64_t steps, const uint32_t* __restrict a, const uint32_t* 
     }
     a += kRows, b += kVectors * kLanes;
   }
+  const bool finish = call.c != nullptr;
+  float* to = finish ? call.c : call.sums;
+  const int64_t stride = finish ? call.stride : kVectors * kLanes;
+  const Floats alpha = broadcast(finish ? call.alpha : 1), beta = broadcast(call.beta);
+  const bool keep = finish && call.beta != 0;
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store_vector(sums + (i * kVectors + v) * kLanes, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = to + i * stride + v * kLanes;
+      store_vector(at, updated(sum[i][v], keep ? load_vector<Floats>(at) : Floats{}, alpha, beta, keep));
+    }
   }
 }
 
@@ -49,8 +66,8 @@ template <class T>
 void write_row(T* c, const float* sums, int columns, Floats alpha, Floats beta, bool keep) {
   for (int j = 0; j < columns; j += kLanes) {
     const int n = columns - j < kLanes ? columns - j : kLanes;
-    const Floats product = alpha * load_floats(sums + j, n);
-    store_floats(c + j, keep ? multiply_add(beta, load_floats(c + j, n), product) : product, n);
+    store_floats(c + j, updated(load_floats(sums + j, n), keep ? load_floats(c + j, n) : Floats{}, alpha, beta, keep),
+                 n);
   }
 }
 

@@ -14,17 +14,29 @@ inline constexpr int kMaxRows = kLanes == 16 ? 14 : 6;
 inline constexpr int kMaxVectors = 2;
 inline constexpr int kColumns = kMaxVectors * kLanes;
 
-// sums[rows][vectors * kLanes] += sum over steps of a[step][rows] times b[step][vectors * kLanes].
-using TileFunction = void (*)(int64_t steps, const uint32_t* a, const uint32_t* b, float* sums);
-TileFunction tile_function(GemmCompute compute, int rows, int vectors);
-
-// C = beta C + alpha sums for rows x columns elements, sums_stride floats from one row of sums to the next.
+// C = beta C + alpha sums.
 struct TileOutput {
   void* c;
   DType dtype;
   int64_t stride;
   float alpha, beta;
 };
+
+// One block of k of one tile: a [steps][rows] times b [steps][vectors * kLanes], after what is in sums (first: zero).
+// c null: the sums go back to sums[rows][vectors * kLanes]; else, f32 and all columns of the tile, C is written from registers.
+struct TileCall {
+  int64_t steps;
+  const uint32_t *a, *b;
+  float* sums;
+  bool first;
+  float* c;
+  int64_t stride;
+  float alpha, beta;
+};
+using TileFunction = void (*)(const TileCall&);
+TileFunction tile_function(GemmCompute compute, int rows, int vectors);
+
+// C from sums in memory, rows x columns elements, sums_stride floats from one row of sums to the next: any dtype, any width.
 void write_tile(const TileOutput& out, int64_t row, int64_t column, int rows, int columns, const float* sums,
                 int64_t sums_stride);
 
