@@ -7,7 +7,7 @@ namespace {
 
 using namespace attention_detail;
 
-constexpr int64_t kFewRows = 6;  // of a product: B is then read once
+constexpr int64_t kFewRows = 6;  // of a tile (decoding): scores are then computed with the keys in the lanes
 
 // A block of query rows times the heads that share a key head; row r of the tile is query r / group, head r % group.
 struct QueryTile {
@@ -94,7 +94,10 @@ class Tile {
   void run() {
     load_queries();
     const int64_t end = tile_.span.visible(tile_.first + tile_.queries - 1);
-    for (int64_t begin = 0; begin < end; begin += kKeyBlock) key_block(begin, std::min(kKeyBlock, end - begin));
+    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+      if (rows_ <= kFewRows) prefetch_block(begin + kKeyBlock, std::min(end, begin + 2 * kKeyBlock));
+      key_block(begin, std::min(kKeyBlock, end - begin));
+    }
     store();
   }
 
@@ -114,23 +117,32 @@ class Tile {
     std::fill(w_.out, w_.out + rows_ * w_.width, C(0));
     std::fill(w_.sum, w_.sum + lanes_, C(0));
     std::fill(w_.largest, w_.largest + lanes_, -std::numeric_limits<C>::infinity());
+    if (rows_ <= kFewRows) std::fill(w_.scores, w_.scores + kKeyBlock * lanes_, C(0));  // lanes that no row fills
+  }
+
+  // One head's part of a key is too short for the hardware to see where the next one lies.
+  void prefetch_block(int64_t begin, int64_t end) const {
+    constexpr int64_t kLine = 64 / sizeof(K);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = ((tile_.span.k_begin + i) * z_.kv_heads + tile_.kv_head) * z_.head_dim;
+      for (int64_t d = 0; d < z_.head_dim; d += kLine) {
+        __builtin_prefetch(at_.k + at + d, 0, 2);
+        __builtin_prefetch(at_.v + at + d, 0, 2);
+      }
+    }
   }
 
   void key_block(int64_t begin, int64_t count) {
     const int64_t kv_row = z_.kv_heads * z_.head_dim;
     const int64_t at = (tile_.span.k_begin + begin) * kv_row + tile_.kv_head * z_.head_dim;
-    const K *k = at_.k + at, *v = at_.v + at;
-    TileFactor<C> keys{w_.keys, w_.width, 1};
+    const K* v = at_.v + at;
+    rows_ <= kFewRows ? scores_by_key(at_.k + at, kv_row, count) : scores_by_row(at_.k + at, kv_row, count);
     const C* values = w_.values;
     int64_t values_row = w_.width;
     if constexpr (std::is_same_v<K, C>) {  // what is read only once is not worth a copy
-      keys = {k, kv_row, 1};
       if (rows_ <= kFewRows && w_.width == z_.head_dim) values = v, values_row = kv_row;
-    } else {
-      copy_tile(k, kv_row, count, z_.head_dim, C(1), w_.keys, w_.width);
     }
     if (values == w_.values) copy_tile(v, kv_row, count, z_.head_dim, C(1), w_.values, w_.width);
-    tile_product<C>(count, lanes_, z_.head_dim, keys, w_.q_across, w_.lanes, {w_.scores, w_.lanes, false});
 
     bool all_seen = true;
     for (int64_t r = 0; r < rows_; ++r) {
@@ -143,6 +155,26 @@ class Tile {
       for (int64_t d = 0; d < w_.width; ++d) w_.out[r * w_.width + d] *= w_.correction[r];
     }
     tile_product<C>(rows_, w_.width, count, {w_.scores, 1, w_.lanes}, values, values_row, {w_.out, w_.width, true});
+  }
+
+  void scores_by_row(const K* k, int64_t kv_row, int64_t count) {
+    TileFactor<C> keys{w_.keys, w_.width, 1};
+    if constexpr (std::is_same_v<K, C>)
+      keys = {k, kv_row, 1};
+    else
+      copy_tile(k, kv_row, count, z_.head_dim, C(1), w_.keys, w_.width);
+    tile_product<C>(count, lanes_, z_.head_dim, keys, w_.q_across, w_.lanes, {w_.scores, w_.lanes, false});
+  }
+
+  // The same sums, term for term, a vector of keys at a time instead of a vector of mostly empty rows.
+  void scores_by_key(const K* k, int64_t kv_row, int64_t count) {
+    transpose_tile(k, kv_row, count, z_.head_dim, w_.keys, kKeyBlock);
+    C across[kFewRows * kKeyBlock];
+    tile_product<C>(rows_, round_up(count, kLanes<C>), z_.head_dim, {w_.q_across, 1, w_.lanes}, w_.keys, kKeyBlock,
+                    {across, kKeyBlock, false});
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t r = 0; r < rows_; ++r) w_.scores[i * w_.lanes + r] = across[r * kKeyBlock + i];
+    }
   }
 
   void store() {
