@@ -8,6 +8,7 @@
 namespace lightmoe {
 namespace {
 
+constexpr int64_t kBlendBytes = 64 << 20;  // of the blends in memory at once, one matrix more at most
 constexpr const char* kKindNames[] = {"expert", "constant", "latent", "removed"};
 
 bool has_rows(const DispatchPlan& plan, size_t group) {
@@ -72,19 +73,29 @@ const ParameterPtr& half_of(const Expert& expert, ExpertHalf half) {
   return half == ExpertHalf::kGateUp ? expert.gate_up : expert.down;
 }
 
-std::vector<Tensor> group_weights(const MoeGroups& groups, const DispatchPlan& plan, ExpertHalf half,
-                                  DType activation) {
-  std::vector<Tensor> weights(groups.groups.size());
-  for (size_t g = 0; g < weights.size(); ++g) {
+void use_group_weights(const MoeGroups& groups, const DispatchPlan& plan, ExpertHalf half, DType activation,
+                       const std::function<void(const std::vector<Tensor>&)>& use) {
+  const size_t count = groups.groups.size();
+  std::vector<Tensor> weights(count);
+  std::vector<size_t> annealed;
+  for (size_t g = 0; g < count; ++g) {
     const MoeGroup& group = groups.groups[g];
     if (!has_rows(plan, g)) continue;
-    if (group.annealed()) {
-      weights[g] = blended(group, half, groups.beta, activation);
-    } else if (group.bank.gate_up != nullptr) {
+    if (group.annealed())
+      annealed.push_back(g);
+    else if (group.bank.gate_up != nullptr)
       weights[g] = half_of(group.bank, half)->value;
-    }
   }
-  return weights;
+  use(weights);
+  for (size_t i = 0; i < annealed.size();) {
+    weights.assign(count, Tensor());
+    for (int64_t bytes = 0; i < annealed.size() && bytes < kBlendBytes; ++i) {
+      Tensor& blend = weights[annealed[i]];
+      blend = blended(groups.groups[annealed[i]], half, groups.beta, activation);
+      bytes += blend.bytes();
+    }
+    use(weights);
+  }
 }
 
 bool has_zero_rows(const MoeGroups& groups, const DispatchPlan& plan) {

@@ -4,6 +4,7 @@
 // merged before dispatch (kernels/merge_slots.h). Groups are numbered bank entries first, then annealed slots.
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kernels/dispatch_plan.h"
@@ -32,8 +33,11 @@ struct MoeGroups {
 enum class ExpertHalf : uint8_t { kGateUp, kDown };
 const ParameterPtr& half_of(const Expert& expert, ExpertHalf half);
 
-// One matrix per group for a grouped product; undefined where W = 0 or no row asks. Blends live in scratch as long as the result.
-std::vector<Tensor> group_weights(const MoeGroups& groups, const DispatchPlan& plan, ExpertHalf half, DType activation);
+// Matrices for a grouped product, one entry per group, in as many calls of `use` as it takes: first what is stored, then the blends of
+// annealed slots, made in scratch a few at a time (a layer of OLMoE 1B-7B that anneals 40 slots has 670 MB of them). Each group
+// is defined in one call at most, and in none where W = 0 or no row asks.
+void use_group_weights(const MoeGroups& groups, const DispatchPlan& plan, ExpertHalf half, DType activation,
+                       const std::function<void(const std::vector<Tensor>&)>& use);
 // Whether some group has rows but no matrix, so that a product leaves rows unwritten.
 bool has_zero_rows(const MoeGroups& groups, const DispatchPlan& plan);
 bool any_trainable(const MoeGroups& groups, ExpertHalf half);

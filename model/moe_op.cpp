@@ -78,13 +78,13 @@ class MoeRun {
     return s;
   }
   void visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf half, bool trans_b, const Tensor& c) const {
-    run_grouped({.a = a,
-                 .a_rows = a_rows,
-                 .offsets = plan_.group_offsets,
-                 .b = group_weights(groups_, plan_, half, dtype_),
-                 .c = c,
-                 .trans_b = trans_b,
-                 .compute = compute_});
+    GroupedGemmM op{
+        .a = a, .a_rows = a_rows, .offsets = plan_.group_offsets, .c = c, .trans_b = trans_b, .compute = compute_};
+    use_group_weights(groups_, plan_, half, dtype_, [&](const std::vector<Tensor>& weights) {
+      op.b = weights;
+      run_grouped(op);
+      op.b.clear();  // blends go before the next ones come
+    });
   }
   // y = sum over the token's visits of rows, which the adapters' terms may join: add(rows [P,D], beta).
   template <class AddTerms>
