@@ -1,27 +1,32 @@
-// Whole models: model/<shape>/<weights>/<phase>. Shapes are those of named_config (tiny, mid, olmoe-1b-7b), weights random.
-//   prefill    1 x 512 tokens, logits of every position (as Hugging Face's forward)
-//   prefill_last   the same with the logits of the last position alone (as an inference engine)
-//   decode     64 tokens, one at a time, after a prompt of 16
-//   train_step     4 x 256 tokens: forward, backward, clip, AdamW on every parameter
-// Counters: tokens/s; peak MiB of the phase by category accounting (weights, gradients, moments, activations) and of the process.
+// Whole models, original and compressed side by side: model/<shape>/<kind>/<numbers>/<phase>. Shapes are those of named_config (tiny,
+// mid, olmoe-1b-7b), weights random; kinds are those of model_session.h; numbers: f32, bf16_products (weights f32, products bf16), bf16.
+//   prefill             1 x 512 tokens, logits of every position (as Hugging Face's forward)
+//   prefill_last        the same with the logits of the last position alone (as an inference engine)
+//   decode              64 tokens, one at a time, after a prompt of 16
+//   train_step          4 x 256 tokens: forward, backward, clip, AdamW on every parameter
+//   recovery_step       the same on what recovery trains: bases and adapters; recovery_annealing: with the originals blended in
+// Counters: tokens/s; of_gemm and of_memory, the shares of the measured ceilings (products of that type; reading memory) that the
+// phase's useful FLOPs and its weight bytes come to; MiB: stored (weights of the model), live (all tensors after the phase), peak (of all
+// tensors during it), rss (the process, after its cache is given back); saved_*: against the original in the same phase.
 
 #include <benchmark/benchmark.h>
 
 #include <functional>
-#include <memory>
+#include <map>
 
-#include "autograd/optimizer.h"
-#include "model/olmoe.h"
+#include "bench/model_session.h"
 #include "runtime/philox.h"
 
-namespace lightmoe {
+namespace lightmoe::bench {
 namespace {
 
 struct Variant {
-  std::string shape, name;  // "mid", "f32"
+  std::string shape, numbers;  // "mid", "f32"
   DType weights;
   GemmCompute compute;
+  ModelKind kind;
 };
+constexpr const char* kKindNames[] = {"original", "lightmoe-50", "lightmoe-50", "lightmoe-50"};
 
 std::vector<int32_t> random_ids(int64_t count, int64_t vocab, uint64_t seed) {
   Philox random(seed, 5);
@@ -30,96 +35,127 @@ std::vector<int32_t> random_ids(int64_t count, int64_t vocab, uint64_t seed) {
   return ids;
 }
 
-// One model at a time: mid with its training state takes 7 GB.
-Olmoe& model_for(const Variant& variant) {
-  static std::unique_ptr<Olmoe> model;
-  static std::string loaded;
-  const std::string key = variant.shape + "/" + std::string(name_of(variant.weights));
-  if (loaded != key) {
-    model.reset();
-    trim_memory_cache();
-    model = random_model(named_config(variant.shape).value(), variant.weights, 1);
-    loaded = key;
-  }
+double mib(int64_t bytes) { return static_cast<double>(bytes) / 1048576; }
+
+// rss of the original by shape, numbers and phase, for what is measured after it in the same process.
+double& original_rss(const Variant& v, const std::string& phase) {
+  static std::map<std::string, double> known;
+  return known[v.shape + v.numbers + phase];
+}
+
+void report(benchmark::State& state, const Variant& v, const std::string& phase, int64_t tokens, double flop,
+            double weight_bytes) {
+  using benchmark::Counter;
+  constexpr auto kRate = Counter::kIsIterationInvariantRate;
+  const Ceilings& best = measured_ceilings();
+  ModelSession& session = ModelSession::get(v.shape, v.weights, v.kind);
+  state.counters["tokens/s"] = Counter(static_cast<double>(tokens), kRate);
+  state.counters["GFLOP/s"] = Counter(flop * 1e-9, kRate);
+  state.counters["of_gemm"] = Counter(flop / (v.compute == GemmCompute::kBF16 ? best.bf16_flop : best.f32_flop), kRate);
+  if (weight_bytes > 0) state.counters["of_memory"] = Counter(weight_bytes / best.read_bytes, kRate);
+  state.counters["peak_MiB"] = mib(memory_use_total().peak_bytes);
+  state.counters["live_MiB"] = mib(memory_use_total().live_bytes);
+  state.counters["stored_MiB"] = mib(session.model().stored_bytes());
+  state.counters["saved_stored_MiB"] = mib(session.original_bytes() - session.model().stored_bytes());
+  trim_memory_cache();
+  const double rss = mib(process_rss_bytes());
+  state.counters["rss_MiB"] = rss;
+  double& original = original_rss(v, phase);
+  if (v.kind == ModelKind::kOriginal) original = rss;
+  if (original > 0) state.counters["saved_rss_MiB"] = original - rss;
+}
+
+ModelSession& session_for(const Variant& v) {
+  measured_ceilings();  // before the model, so that its memory is not in the figures
+  ModelSession& session = ModelSession::get(v.shape, v.weights, v.kind);
   reset_peak_memory();
-  return *model;
+  return session;
 }
 
-void report(benchmark::State& state, int64_t tokens) {
-  state.counters["tokens/s"] =
-      benchmark::Counter(static_cast<double>(tokens), benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["peak_MiB"] = static_cast<double>(memory_use_total().peak_bytes) / 1048576.0;
-  state.counters["weights_MiB"] = static_cast<double>(memory_use(MemoryCategory::kWeights).live_bytes) / 1048576.0;
-  state.counters["process_peak_MiB"] = static_cast<double>(process_peak_rss_bytes()) / 1048576.0;
-}
-
-void prefill(benchmark::State& state, const Variant& variant, bool all_logits) {
-  Olmoe& model = model_for(variant);
-  const ForwardOptions options{.compute = variant.compute};
+void prefill(benchmark::State& state, const Variant& v, bool all_logits) {
+  ModelSession& session = session_for(v);
+  const Olmoe& model = session.model();
+  const ForwardOptions options{.compute = v.compute};
   const Batch batch = make_batch(random_ids(512, model.config.vocab_size, 2), 1, 512);
+  const PassWork work = session.count(batch, all_logits);
+  reset_peak_memory();
   for (auto _ : state) {
     const Tensor hidden = model.forward(batch, options);
     benchmark::DoNotOptimize(model.logits(all_logits ? hidden : hidden.slice(511, 512), options).raw());
   }
-  report(state, 512);
+  report(state, v, all_logits ? "prefill" : "prefill_last", 512, work.forward_flop(), 0);
 }
 
-void decode(benchmark::State& state, const Variant& variant) {
-  Olmoe& model = model_for(variant);
-  const ForwardOptions options{.compute = variant.compute};
-  const std::vector<int32_t> ids = random_ids(16 + 64, model.config.vocab_size, 3);
+void decode(benchmark::State& state, const Variant& v) {
+  constexpr int64_t kPrompt = 16, kNew = 64;
+  ModelSession& session = session_for(v);
+  const Olmoe& model = session.model();
+  const ForwardOptions options{.compute = v.compute};
+  const std::vector<int32_t> ids = random_ids(kPrompt + kNew, model.config.vocab_size, 3);
+  const PassWork work =
+      session.count_decode(make_batch({ids.begin() + kPrompt, ids.end()}, 1, kNew), kPrompt + kNew / 2);
+  reset_peak_memory();
   for (auto _ : state) {
     state.PauseTiming();
-    KvCache cache(model.config, 1, 128, variant.weights == DType::kBF16 ? DType::kBF16 : DType::kF32);
-    model.forward_cached({ids.begin(), ids.begin() + 16}, {16}, cache, options);
+    KvCache cache(model.config, 1, 128, v.weights == DType::kBF16 ? DType::kBF16 : DType::kF32);
+    model.forward_cached({ids.begin(), ids.begin() + kPrompt}, {kPrompt}, cache, options);
     state.ResumeTiming();
-    for (size_t i = 16; i < ids.size(); ++i) {
+    for (size_t i = kPrompt; i < ids.size(); ++i) {
       const Tensor hidden = model.forward_cached({ids[i]}, {1}, cache, options);
       benchmark::DoNotOptimize(model.logits(hidden, options).raw());
     }
   }
-  report(state, 64);
+  report(state, v, "decode", kNew, work.forward_flop(), work.weight_bytes);
 }
 
-void train_step(benchmark::State& state, const Variant& variant) {
-  Olmoe& model = model_for(variant);
-  const std::vector<int32_t> ids = random_ids(1024, model.config.vocab_size, 4);
-  const Batch batch = make_batch(ids, 4, 256, ids);
-  Optimizer optimizer(model.parameters(), {});
-  const TrainOptions options{.compute = variant.compute, .loss_scale = 1.0 / (4 * 255), .aux_coef = 0.01};
-  const auto step = [&] {
-    optimizer.zero_grad();
-    model.forward_backward(batch, options);
-    optimizer.step(1e-4, optimizer.gradient_norm());
-  };
-  step();  // moments and gradients exist from here on
-  for (auto _ : state) step();
-  report(state, 1024);
-  for (const ParameterPtr& parameter : model.parameters()) parameter->grad.reset();
+void train_step(benchmark::State& state, const Variant& v) {
+  constexpr int64_t kRows = 4, kLength = 256;
+  ModelSession& session = session_for(v);
+  const std::vector<int32_t> ids = random_ids(kRows * kLength, session.model().config.vocab_size, 4);
+  const Batch batch = make_batch(ids, kRows, kLength, ids);
+  const PassWork work = session.count(batch, true);
+  session.train_step(batch, v.compute);
+  reset_peak_memory();
+  for (auto _ : state) session.train_step(batch, v.compute);
+  report(state, v, "step", kRows * kLength, work.step_flop(), 0);
 }
 
-void add(const Variant& variant, const char* phase, const std::function<void(benchmark::State&)>& body) {
-  benchmark::RegisterBenchmark(("model/" + variant.shape + "/" + variant.name + "/" + phase).c_str(), body)
-      ->UseRealTime()
-      ->Unit(benchmark::kMillisecond);
+void add(const Variant& v, const char* phase, const std::function<void(benchmark::State&)>& body) {
+  const std::string name =
+      fmt::format("model/{}/{}/{}/{}", v.shape, kKindNames[static_cast<int>(v.kind)], v.numbers, phase);
+  benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMillisecond);
 }
 
+void add_phases(const Variant& v) {
+  if (v.kind == ModelKind::kRecovery || v.kind == ModelKind::kAnnealing) {
+    add(v, v.kind == ModelKind::kRecovery ? "recovery_step" : "recovery_annealing",
+        [v](benchmark::State& s) { train_step(s, v); });
+    return;
+  }
+  add(v, "prefill", [v](benchmark::State& s) { prefill(s, v, true); });
+  add(v, "prefill_last", [v](benchmark::State& s) { prefill(s, v, false); });
+  add(v, "decode", [v](benchmark::State& s) { decode(s, v); });
+  if (v.kind == ModelKind::kOriginal && v.weights == DType::kF32) {
+    add(v, "train_step", [v](benchmark::State& s) { train_step(s, v); });
+  }
+}
+
+// Kinds outside, so that a model in memory serves all that is measured on it before it is changed.
 const bool registered = [] {
-  const std::vector<Variant> variants = {{"tiny", "f32", DType::kF32, GemmCompute::kF32},
-                                         {"tiny", "bf16_products", DType::kF32, GemmCompute::kBF16},
-                                         {"tiny", "bf16", DType::kBF16, GemmCompute::kBF16},
-                                         {"mid", "f32", DType::kF32, GemmCompute::kF32},
-                                         {"mid", "bf16_products", DType::kF32, GemmCompute::kBF16},
-                                         {"mid", "bf16", DType::kBF16, GemmCompute::kBF16},
-                                         {"olmoe-1b-7b", "bf16", DType::kBF16, GemmCompute::kBF16}};
-  for (const Variant& v : variants) {
-    add(v, "prefill", [v](benchmark::State& s) { prefill(s, v, true); });
-    add(v, "prefill_last", [v](benchmark::State& s) { prefill(s, v, false); });
-    add(v, "decode", [v](benchmark::State& s) { decode(s, v); });
-    if (v.weights == DType::kF32) add(v, "train_step", [v](benchmark::State& s) { train_step(s, v); });
+  const ModelKind kinds[] = {ModelKind::kOriginal, ModelKind::kCompressed, ModelKind::kRecovery, ModelKind::kAnnealing};
+  for (const char* const shape : {"tiny", "mid"}) {
+    for (const ModelKind kind : kinds) {
+      add_phases({shape, "f32", DType::kF32, GemmCompute::kF32, kind});
+      add_phases({shape, "bf16_products", DType::kF32, GemmCompute::kBF16, kind});
+    }
+  }
+  for (const char* const shape : {"tiny", "mid", "olmoe-1b-7b"}) {
+    for (const ModelKind kind : {ModelKind::kOriginal, ModelKind::kCompressed}) {
+      add_phases({shape, "bf16", DType::kBF16, GemmCompute::kBF16, kind});
+    }
   }
   return true;
 }();
 
 }  // namespace
-}  // namespace lightmoe
+}  // namespace lightmoe::bench

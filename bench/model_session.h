@@ -1,0 +1,58 @@
+#pragma once
+// What the model benchmarks share: one model in memory at a time, original or compressed, with its training state; what a pass over
+// it computes and reads; and what the machine can do at best, measured in the same process.
+//   original     the stock model, weights random
+//   lightmoe-50  the same after expert replacing at 50 % of the whole model: 3 bases a layer, adapters of rank 16 on replaced slots
+//   recovery     lightmoe-50 as it trains: adapters on every slot; bases and adapters train, the rest is frozen
+//   annealing    recovery while the originals are still blended in (beta 0.5)
+
+#include <memory>
+#include <string>
+
+#include "autograd/optimizer.h"
+#include "model/olmoe.h"
+
+namespace lightmoe::bench {
+
+enum class ModelKind : uint8_t { kOriginal, kCompressed, kRecovery, kAnnealing };
+
+// FLOPs and bytes of weights of a pass as it was routed: a stored expert counts once per token.
+struct PassWork {
+  double linear_flop = 0, trained_flop = 0, score_flop = 0;  // trained: the part of linear whose matrix trains
+  double weight_bytes = 0;                                   // of a pass that reads each used matrix once per token
+  double forward_flop() const { return linear_flop + score_flop; }
+  double step_flop() const {
+    return 2 * linear_flop + trained_flop + 3 * score_flop;
+  }  // scores: two products, then four
+};
+
+class ModelSession {
+ public:
+  // The model of that key; loads, compresses in place or replaces what is in memory. One session per process.
+  static ModelSession& get(const std::string& shape, DType weights, ModelKind kind);
+
+  Olmoe& model() { return *model_; }
+  PassWork count(const Batch& batch, bool all_logits);
+  // Of `count` tokens decoded one by one; the mean position is `length`.
+  PassWork count_decode(const Batch& batch, int64_t length);
+  // One optimizer step. The first calls of a session are made twice before: gradients, moments and memory are then in place.
+  void train_step(const Batch& batch, GemmCompute compute);
+  // Bytes of the original's weights, of the same dtype.
+  int64_t original_bytes() const;
+
+ private:
+  void step(const Batch& batch, GemmCompute compute);
+  std::unique_ptr<Olmoe> model_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::string shape_;
+  DType weights_ = DType::kF32;
+  ModelKind kind_ = ModelKind::kOriginal;
+};
+
+struct Ceilings {
+  double f32_flop = 0, bf16_flop = 0;  // per second: square products of 2048, the best backend
+  double read_bytes = 0;               // per second, of memory larger than the caches
+};
+const Ceilings& measured_ceilings();  // once per process, about five seconds
+
+}  // namespace lightmoe::bench
