@@ -53,6 +53,16 @@ inline void check_cuda(cudaError_t error, const char* what) {
   check(error == cudaSuccess, ErrorKind::kDevice, "cuda: {}: {}", what, cudaGetErrorString(error));
 }
 
+inline int multiprocessors() {
+  static const int count = [] {
+    int device = 0, value = 0;
+    check_cuda(cudaGetDevice(&device), "the current device");
+    check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "number of multiprocessors");
+    return value;
+  }();
+  return count;
+}
+
 // A grid without blocks launches nothing.
 template <auto kKernel, class... Arguments>
 void launch(const Launch& config, Arguments&&... arguments) {
