@@ -29,7 +29,7 @@ void check_window(const char* op, const char* name, const Tensor& t, int64_t col
           t.shape());
 }
 
-bool on_host(const Tensor& t) { return t.device() != DeviceKind::kCuda; }
+bool on_host(const Tensor& t) { return t.device() == DeviceKind::kCpu; }
 
 // Offsets ascend within [0, rows]; on a GPU only their shape is checked.
 void check_offsets(const char* op, const Tensor& offsets, size_t groups, int64_t rows, DeviceKind device) {

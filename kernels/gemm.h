@@ -72,7 +72,7 @@ struct GemmDesc {
   DType a, b, c;
   GemmCompute compute;
   bool trans_a, trans_b, gather;
-  int64_t m, n, k;  // grouped: total rows in m (kGroupedM) or k (kGroupedK); on cuda an upper bound of them
+  int64_t m, n, k;  // grouped: total rows in m (kGroupedM) or k (kGroupedK); on GPUs an upper bound of them
   int64_t groups;   // 1 for dense
   // Largest power of two, at most 16, that divides where rows of A and of B (windows counted) begin, in bytes.
   int alignment;

@@ -16,6 +16,13 @@ inline const std::vector<GemmCase> gemm = {
     {9, 1031, 37}, {401, 19, 23}, {37, 521, 33}, {15, 17, 1030},
 };
 
+// Stored rows that begin at multiples of 16 bytes, where tensor-core backends work: ragged in the rest, around the tiles (64, 128) and the
+// steps of k (32) of the GPU backends, some large enough for their large tiles.
+inline const std::vector<GemmCase> gemm_aligned = {
+    {1, 8, 8},     {5, 64, 40},  {16, 16, 0},     {17, 72, 24},   {64, 64, 32},
+    {65, 136, 96}, {72, 8, 264}, {200, 264, 104}, {128, 520, 64}, {264, 136, 72},
+};
+
 // Rows per group: empty groups, one group with everything, few-row groups beside large ones.
 struct GroupedCase {
   std::vector<int64_t> rows;
@@ -25,6 +32,12 @@ inline const std::vector<GroupedCase> grouped_gemm = {
     {{0}, 5, 7},          {{0, 0, 0}, 8, 8},      {{1}, 1, 1},           {{3, 0, 1, 17}, 33, 31},
     {{0, 29, 0}, 17, 65}, {{1, 1, 1, 1}, 64, 48}, {{31, 2, 33}, 97, 13}, {{5, 14, 0, 28, 1}, 35, 67},
     {{40, 3}, 129, 66},
+};
+
+inline const std::vector<GroupedCase> grouped_gemm_aligned = {
+    {{0, 0}, 8, 8},       {{3, 0, 1, 17}, 40, 32},     {{0, 130, 0}, 72, 64},
+    {{1, 1, 70}, 64, 8},  {{5, 14, 0, 33, 1}, 32, 72}, {{140, 0, 260, 129}, 136, 40},
+    {{100, 9}, 264, 136},
 };
 
 // Shapes worth timing. Grouped: m (k for grouped_k) rows in all, spread over the groups as a random router would.
