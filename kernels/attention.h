@@ -12,6 +12,10 @@
 // memory: beside the arguments, per thread some tiles, in backward also dq of one sequence and key head: never Tq x Tk.
 // Deterministic. A query's result has the same bits whatever else is in the call, wherever its keys lie, and in prefill and decode
 //   alike (CPU: keys are taken in blocks of 64 counted from key 0, masked keys add exact zeros; values must be finite).
+// sim, cuda: head_dim at most 256; the sequences lie on the device and are not checked. The promise above is kept by construction (blocks
+//   of 64 keys in parts of 256, each part with its own maximum, parts merged in order, by one block or, in decode, by a second kernel;
+//   every multiply-add is a fused one); it is tested on the simulator, no GPU has run it yet. Scratch: decode at most 256 MiB of parts;
+//   backward one f32 for each query and head. Backward recomputes the scores twice (14 instead of 10 FLOPs) and shares no sums.
 // cost: 4 Hd H FLOPs per (query, key) pair forward, 10 backward.
 
 #include "runtime/dispatch.h"
@@ -21,6 +25,7 @@ namespace lightmoe {
 
 struct AttentionSequences {
   Tensor q_begin, k_begin, k_count, q_pos;
+  int64_t max_k_count = 0;  // a bound of k_count that the host knows, 0 = none: devices then cut long caches into better parts
 };
 struct Attention {
   Tensor q, k, v;

@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "tests/cases/attention.h"
-#include "tests/support/testing.h"
+#include "tests/support/devices.h"
 
 namespace lightmoe {
 namespace {
@@ -132,10 +132,12 @@ void check_case(const cases::AttentionCase& c, DType dtype, DType kv_dtype) {
 }
 
 TEST(Attention, MatchesTheEquation) {
-  for (const auto& c : cases::attention) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF64}) check_case(c, dtype, dtype);
-    check_case(c, DType::kF32, DType::kBF16);
-  }
+  testing::on_each_device<Attention, AttentionBackward>([] {
+    for (const auto& c : cases::attention) {
+      for (const DType dtype : testing::floating_dtypes()) check_case(c, dtype, dtype);
+      check_case(c, DType::kF32, DType::kBF16);
+    }
+  });
 }
 
 TEST(Attention, GradientCheck) {
@@ -188,36 +190,58 @@ Tensor run_alone(const Problem& p, size_t n, int64_t k_offset, int64_t tail) {
   return out;
 }
 
-TEST(Attention, AQueryDoesNotDependOnWhatElseIsInTheCall) {
+void check_alone(DType dtype) {
   for (const auto& c : cases::attention) {
-    const Problem p(c, DType::kF32, DType::kF32);
-    const Tensor out = Tensor::empty(p.q.shape(), DType::kF32);
+    const Problem p(c, dtype, dtype);
+    const Tensor out = Tensor::empty(p.q.shape(), dtype);
     run(p.forward(out, {}));
     for (size_t n = 0; n < c.sequences.size(); ++n) {
       const int64_t queries = c.sequences[n].queries;
       for (const int64_t k_offset : {0, 1, 37}) {
         EXPECT_TRUE(testing::bits_equal(run_alone(p, n, k_offset, queries), out.slice(p.q_begin[n], p.q_begin[n + 1])))
-            << c.name;
+            << c.name << " " << name_of(dtype);
       }
     }
   }
 }
 
+TEST(Attention, AQueryDoesNotDependOnWhatElseIsInTheCall) {
+  testing::on_each_device<Attention>([] {
+    check_alone(DType::kF32);
+    check_alone(DType::kBF16);
+  });
+}
+
 // A token's result is the same whether it came with its prompt or alone, one step later, out of a cache that has grown since.
-TEST(Attention, DecodeRepeatsPrefillBitForBit) {
-  for (const DType kv_dtype : {DType::kF32, DType::kBF16}) {
-    const Problem whole({"", 4, 2, 32, {{150, 150, 0, 0}}}, DType::kF32, kv_dtype);
-    const Tensor out = Tensor::empty(whole.q.shape(), DType::kF32);
-    run(whole.forward(out, {}));
-    for (int32_t t = 0; t < 150; ++t) {
-      Problem part = whole;
-      part.c.sequences = {{t + 1, t + 1, 0, 0}};
-      part.q_begin = {0, t + 1};
-      EXPECT_TRUE(testing::bits_equal(run_alone(part, 0, 5, 1), out.slice(t, t + 1))) << "token " << t;
-      const int64_t tail = std::min(3, t + 1);
-      EXPECT_TRUE(testing::bits_equal(run_alone(part, 0, 0, tail), out.slice(t + 1 - tail, t + 1))) << "token " << t;
-    }
+void check_decode(DType dtype, DType kv_dtype, int64_t head_dim) {
+  const Problem whole({"", 4, 2, head_dim, {{300, 300, 0, 0}}}, dtype, kv_dtype);
+  const Tensor out = Tensor::empty(whole.q.shape(), dtype);
+  run(whole.forward(out, {}));
+  const bool on_cpu = default_device() == DeviceKind::kCpu;
+  for (int32_t t = 0; t < 300; t += on_cpu ? 1 : 13) {
+    Problem part = whole;
+    part.c.sequences = {{t + 1, t + 1, 0, 0}};
+    part.q_begin = {0, t + 1};
+    EXPECT_TRUE(testing::bits_equal(run_alone(part, 0, 5, 1), out.slice(t, t + 1))) << "token " << t;
+    const int64_t tail = std::min(3, t + 1);
+    EXPECT_TRUE(testing::bits_equal(run_alone(part, 0, 0, tail), out.slice(t + 1 - tail, t + 1))) << "token " << t;
   }
+}
+
+TEST(Attention, DecodeRepeatsPrefillBitForBit) {
+  testing::on_each_device<Attention>([] {
+    check_decode(DType::kF32, DType::kF32, 32);
+    check_decode(DType::kF32, DType::kBF16, 32);
+    check_decode(DType::kBF16, DType::kBF16, 64);
+  });
+}
+
+// Head widths between and beyond those of the cases: sums over 192 and 256 columns.
+TEST(Attention, WideHeads) {
+  testing::on_each_device<Attention, AttentionBackward>([] {
+    check_case({"wide", 2, 1, 192, {{37, 37, 0, 0}}}, DType::kF32, DType::kF32);
+    check_case({"widest", 2, 2, 256, {{19, 19, 0, 0}}}, DType::kBF16, DType::kBF16);
+  });
 }
 
 TEST(Attention, IsTheSameOnAnyThreads) {
@@ -243,7 +267,7 @@ TEST(Attention, IsTheSameOnAnyThreads) {
 }
 
 // Scores of +-1000 overflow exp without the running maximum; the softmax is then one-hot.
-TEST(Attention, LargeScoresDoNotOverflow) {
+void check_large_scores() {
   const Tensor q = Tensor::from<float>({1000}, {1, 1}), k = Tensor::from<float>({-1, 1, 0.5f}, {3, 1});
   const Tensor v = Tensor::from<float>({3, 5, 7}, {3, 1});
   const Guarded out({1, 1}, DType::kF32), lse({1, 1}, DType::kF32);
@@ -251,9 +275,11 @@ TEST(Attention, LargeScoresDoNotOverflow) {
                                      Tensor::from<int32_t>({3}, {1}), Tensor::from<int32_t>({2}, {1})};
   run(Attention{
       .q = q, .k = k, .v = v, .sequences = sequences, .head_dim = 1, .out = out.tensor(), .lse = lse.tensor()});
-  EXPECT_EQ(out.tensor().data<float>()[0], 5);
-  EXPECT_EQ(lse.tensor().data<float>()[0], 1000);
+  EXPECT_EQ(to_doubles(out.tensor())[0], 5);
+  EXPECT_EQ(to_doubles(lse.tensor())[0], 1000);
 }
+
+TEST(Attention, LargeScoresDoNotOverflow) { testing::on_each_device<Attention>(check_large_scores); }
 
 TEST(Attention, RefusesWrongArguments) {
   const Problem p({"", 2, 1, 4, {{3, 3, 0, 0}}}, DType::kF32, DType::kF32);
