@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 out=${1:-demo/base}
-steps=${STEPS:-2800}
+steps=${STEPS:-2400}
 seed=${SEED:-1}
 work=build/demo
 make --no-print-directory build/lightmoe build/demo-generate_data build/demo-train_tokenizer
