@@ -10,6 +10,9 @@
 // dtypes: x f32/bf16/f64, w of x's type or f32/bf16, dw of the gradient's type (f32, f64); logits and softmax f32 (f64).
 // memory: chunk_rows * V values (0 = the op's default, about 64 MB), counted as scratch. Deterministic, and a row's scores do not
 //   depend on T or chunk_rows with the `native` GEMM backend.
+// On a GPU: the default chunk is 256 MB (in whole tiles of 128 rows, and half as much again for gradients with compute kBF16, where
+//   they are kept as bf16 because the products round them so anyway); ignored rows are multiplied too, the host does not know which
+//   they are; a label outside the vocabulary stops the kernel.
 
 #include "kernels/gemm.h"
 #include "runtime/dispatch.h"
