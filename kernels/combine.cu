@@ -8,7 +8,8 @@
 namespace lightmoe::LIGHTMOE_DEVICE {
 namespace {
 
-// y[v,:] = sum of gates[index[p]] (1 without gates) times x[p,:] over the pairs p = order[begins[v]] .. of visit v.
+// y[v,:] = sum of gates[index[p]] (1 without gates) times x[p,:] over the pairs p = order[begins[v]] .. of visit v. Pairs of no visit
+// or without gate (-1: rows behind a plan's real ones) do not count, here and below.
 template <class T>
 __global__ void __launch_bounds__(kMaxRowThreads)
     sum_over_pairs_kernel(const T* x, const float* gates, const int* index, const int* order, const int* begins, T* y,
@@ -19,6 +20,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     Floats<kV> sum{};
     for (int at = begin; at < end; ++at) {
       const int p = order[at];
+      if (gates != nullptr && index[p] < 0) continue;
       const float gate = gates != nullptr ? gates[index[p]] : 1.0f;
       const auto row = load_floats<kV>(x + static_cast<int64_t>(p) * n, i, n, aligned);
 #pragma unroll
@@ -42,8 +44,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   constexpr int kV = kVector<T>;
   auto& scratch = shared_memory<BlockScratch<>>();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * n;
-  const T* gradient = ds + static_cast<int64_t>(op.visit[blockIdx.x]) * n;
-  const int at = op.index[blockIdx.x];
+  const int at = op.index[blockIdx.x], visit = op.visit[blockIdx.x];
+  if (at < 0 || visit < 0) return;
+  const T* gradient = ds + static_cast<int64_t>(visit) * n;
   const float gate = op.gates[at];
   float dot = 0;
   for (int i = first_column<kV>(); i < n; i += column_step<kV>()) {
@@ -68,6 +71,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 // y[p,:] = x[visit[p],:] in units of 16 bytes or of one element.
 template <class Unit>
 __global__ void __launch_bounds__(kMaxRowThreads) expand_kernel(const Unit* x, const int* visit, Unit* y, int n) {
+  if (visit[blockIdx.x] < 0) return;
   const Unit* from = x + static_cast<int64_t>(visit[blockIdx.x]) * n;
   Unit* to = y + static_cast<int64_t>(blockIdx.x) * n;
   for (int i = first_column<1>(); i < n; i += column_step<1>()) to[i] = from[i];

@@ -9,7 +9,8 @@
 //   index i32 [T,J], scales [T,J] or undefined. Pairs of one visit need not be adjacent.
 // dtypes: rows f32/bf16/f64; gates, scales f32 (f64); sums in f32 (f64). dgates '+=' when accumulate_dgates, else '='; entries of
 //   dgates that no pair names are not touched; pair_index names an entry at most once. da, dgates may be undefined. Deterministic.
-// Indices are checked on the CPU only: the host does not read a GPU's.
+// Indices are checked on the CPU only: the host does not read a GPU's. On sim and cuda pair_visit and pair_index may hold -1 (rows
+//   behind a plan's real pairs, kernels/dispatch_plan.h): such a pair adds nothing and its rows are not written.
 
 #include "runtime/dispatch.h"
 #include "runtime/tensor.h"

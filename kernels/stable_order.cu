@@ -15,6 +15,13 @@ constexpr int kScanThreads = 1024;
 
 DEVICE_FN int item_at(const int* from, int i) { return from != nullptr ? from[i] : i; }
 
+// As sorted: num_keys for -1.
+struct Keys {
+  const int* values;
+  int num_keys;
+  DEVICE_FN int operator[](int i) const { return values[i] < 0 ? num_keys : values[i]; }
+};
+
 // What the threads before this one sum up to.
 template <int kBlockWarps>
 DEVICE_FN int sum_before(int value, BlockScratch<int>& scratch) {
@@ -32,7 +39,7 @@ DEVICE_FN int sum_before(int value, BlockScratch<int>& scratch) {
 
 // counts[digit, tile]. Integer sums: the order of the atomics does not show.
 __global__ void __launch_bounds__(kThreads)
-    count_kernel(const int* keys, const int* from, int* counts, int n, int shift, int tiles) {
+    count_kernel(Keys keys, const int* from, int* counts, int n, int shift, int tiles) {
   struct Shared {
     int count[kDigits];
   };
@@ -70,7 +77,7 @@ struct ScatterShared {
 // Warps own consecutive keys and take them 32 at a time, so that a key's place follows from the keys before it.
 // places: what scan_kernel made; null for a single tile, which finds them itself.
 __global__ void __launch_bounds__(kThreads)
-    scatter_kernel(const int* keys, const int* from, const int* places, int* to, int n, int shift, int tiles) {
+    scatter_kernel(Keys keys, const int* from, const int* places, int* to, int n, int shift, int tiles) {
   auto& shared = shared_memory<ScatterShared>();
   int* place = shared.place[warp_id()];
   for (int d = lane_id(); d < kDigits; d += 32) place[d] = 0;
@@ -108,19 +115,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(256)
-    begins_kernel(const int* keys, const int* order, int* begins, int n, int num_keys) {
+__global__ void __launch_bounds__(256) begins_kernel(Keys keys, const int* order, int* begins, int n) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i > n) return;
-  const int key = i < n ? keys[order[i]] : num_keys, previous = i > 0 ? keys[order[i - 1]] : -1;
+  const int key = i < n ? keys[order[i]] : keys.num_keys, previous = i > 0 ? keys[order[i - 1]] : -1;
   for (int k = previous + 1; k <= key; ++k) begins[k] = i;
 }
 
 }  // namespace
 
-Tensor stable_order(const Tensor& keys, int64_t num_keys) {
-  const int n = static_cast<int>(keys.numel()), tiles = ceil_div(n, kTile);
-  const int bits = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(num_keys - 1, 1)));
+Tensor stable_order(const Tensor& keys_of_rows, int64_t num_keys) {
+  const Keys keys{keys_of_rows.data<int32_t>(), static_cast<int>(num_keys)};
+  const int n = static_cast<int>(keys_of_rows.numel()), tiles = ceil_div(n, kTile);
+  const int bits = std::bit_width(static_cast<uint64_t>(std::max<int64_t>(num_keys, 1)));
   const MemoryScope scope(MemoryCategory::kScratch);
   Tensor order = Tensor::empty({n}, DType::kI32, kDevice), other;
   Tensor counts = Tensor::empty({tiles > 1 ? kDigits * tiles : 0}, DType::kI32, kDevice);
@@ -133,23 +140,24 @@ Tensor stable_order(const Tensor& keys, int64_t num_keys) {
     int* places = tiles > 1 ? counts.data<int32_t>() : nullptr;
     if (tiles > 1) {
       launch<count_kernel>({.blocks = {uint32_t(tiles)}, .threads = {kThreads}, .shared_bytes = kDigits * sizeof(int)},
-                           keys.data<int32_t>(), from, places, n, shift, tiles);
+                           keys, from, places, n, shift, tiles);
       launch<scan_kernel>({.blocks = {1}, .threads = {kScanThreads}, .shared_bytes = sizeof(BlockScratch<int>)}, places,
                           kDigits * tiles);
     }
     launch<scatter_kernel>({.blocks = {uint32_t(tiles)}, .threads = {kThreads}, .shared_bytes = sizeof(ScatterShared)},
-                           keys.data<int32_t>(), from, places, order.data<int32_t>(), n, shift, tiles);
+                           keys, from, places, order.data<int32_t>(), n, shift, tiles);
     from = order.data<int32_t>();
   }
   return order;
 }
 
-Tensor group_begins(const Tensor& keys, const Tensor& order, int64_t num_keys) {
-  const int n = static_cast<int>(keys.numel());
+Tensor group_begins(const Tensor& keys_of_rows, const Tensor& order, int64_t num_keys) {
+  const Keys keys{keys_of_rows.data<int32_t>(), static_cast<int>(num_keys)};
+  const int n = static_cast<int>(keys_of_rows.numel());
   const MemoryScope scope(MemoryCategory::kScratch);
   const Tensor begins = Tensor::empty({num_keys + 1}, DType::kI32, kDevice);
-  launch<begins_kernel>({.blocks = {uint32_t(ceil_div(n + 1, 256))}, .threads = {256}}, keys.data<int32_t>(),
-                        order.data<int32_t>(), begins.data<int32_t>(), n, static_cast<int>(num_keys));
+  launch<begins_kernel>({.blocks = {uint32_t(ceil_div(n + 1, 256))}, .threads = {256}}, keys, order.data<int32_t>(),
+                        begins.data<int32_t>(), n);
   return begins;
 }
 

@@ -1,5 +1,7 @@
 #include "kernels/combine.h"
 
+#include <limits>
+
 #include "tests/cases/combine.h"
 #include "tests/support/devices.h"
 
@@ -158,6 +160,35 @@ void check_combines() {
 }
 
 TEST(Combine, MatchesTheEquation) { testing::on_each_device<Combine>(check_combines); }
+
+// A device's plan is as long as it may become: the rows behind its pairs hold -1 and may hold anything else.
+TEST(Combine, PairsBehindTheRealOnesAreSkipped) {
+  testing::on_each_device<GatedSum, GatedSumBackward, SumPairs, ExpandPairs>([] {
+    if (default_device() == DeviceKind::kCpu) return;
+    const Shape shape{4, 3}, gates_shape{1, 2};
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const Tensor x = Tensor::from<float>({1, 2, 3, 4, 5, 6, nan, nan, nan, nan, nan, nan}, shape);
+    const Tensor gates = Tensor::from<float>({2, 10}, gates_shape),
+                 ds = Tensor::from<float>({1, 1, 1, 7, 7, 7}, {2, 3});
+    const Tensor index = Tensor::from<int32_t>({1, 0, -1, -1}, {4}), visit = Tensor::from<int32_t>({0, 0, -1, -1}, {4});
+    const Tensor every = Tensor::from<int32_t>({0, 1, 2, 3}, {4});
+    const Guarded s({2, 3}, DType::kF32), each(shape, DType::kF32), y({2, 3}, DType::kF32);
+    run(GatedSum{.a = x, .gates = gates, .pair_index = index, .pair_visit = visit, .s = s.tensor()});
+    EXPECT_TRUE(testing::close(s.tensor(), {18, 30, 42, 0, 0, 0}, 0));
+    run(GatedSum{.a = x, .gates = gates, .pair_index = index, .pair_visit = every, .s = each.tensor()});
+    EXPECT_TRUE(testing::close(each.tensor(), {10, 20, 30, 8, 10, 12, 0, 0, 0, 0, 0, 0}, 0));
+    run(SumPairs{.x = x, .pair_visit = visit, .y = y.tensor()});
+    EXPECT_TRUE(testing::close(y.tensor(), {5, 7, 9, 0, 0, 0}, 0));
+    const Tensor expanded = Tensor::zeros(shape, DType::kF32), da = Tensor::zeros(shape, DType::kF32);
+    const Tensor dgates = Tensor::zeros(gates_shape, DType::kF32);
+    run(ExpandPairs{.x = ds, .pair_visit = visit, .y = expanded});
+    EXPECT_TRUE(testing::close(expanded, {1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0}, 0));
+    run(GatedSumBackward{
+        .a = x, .ds = ds, .gates = gates, .pair_index = index, .pair_visit = visit, .da = da, .dgates = dgates});
+    EXPECT_TRUE(testing::close(da, {10, 10, 10, 2, 2, 2, 0, 0, 0, 0, 0, 0}, 0));
+    EXPECT_TRUE(testing::close(dgates, {15, 6}, 0));
+  });
+}
 
 TEST(Combine, GradientCheckOfGatedSum) {
   const cases::CombineCase c{4, 3, 5, 6};
