@@ -16,7 +16,7 @@ double lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tenso
   }
   run(op);
   if (op.dx.defined()) tape.record([dx = op.dx, slot = x.grad] { slot->add(dx); });
-  return loss.data<double>()[0] / scale;
+  return loss.on(DeviceKind::kCpu).data<double>()[0] / scale;
 }
 
 double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots,
@@ -39,7 +39,7 @@ double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::v
       }
     });
   }
-  return loss.data<double>()[0];
+  return loss.on(DeviceKind::kCpu).data<double>()[0];
 }
 
 double dot_loss(Tape& tape, const Var& y, const Tensor& weights) {

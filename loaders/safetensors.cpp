@@ -149,13 +149,23 @@ const TensorInfo* SafetensorsFile::find(const std::string& name) const {
   return found == state_->index.end() ? nullptr : &state_->header.tensors[found->second];
 }
 
+// Files are read by the host: what the host cannot write to gets its values through a copy of one tensor.
+template <class Read>
+static void fill_from_host(const Tensor& out, Read&& read) {
+  if (is_host_memory(out.device())) return read(out.raw());
+  const MemoryScope scope(MemoryCategory::kScratch);
+  const Tensor staged = Tensor::empty(out.shape(), out.dtype(), DeviceKind::kCpu);
+  read(staged.raw());
+  out.copy_from(staged);
+}
+
 Tensor SafetensorsFile::read(const std::string& name, DType dtype) const {
   const TensorInfo* info = find(name);
   check(info != nullptr, ErrorKind::kInput, "{}: has no tensor \"{}\"", path().string(), printable(name));
   check(info->shape.size() <= Shape::kMaxRank, ErrorKind::kInput, "{}: shape {} has more than {} dimensions",
         state_->where(*info), shape_text(info->shape), Shape::kMaxRank);
   const Tensor out = Tensor::empty(Shape(info->shape), dtype);
-  state_->read_elements(*info, 0, out.numel(), out.raw(), dtype);
+  fill_from_host(out, [&](void* data) { state_->read_elements(*info, 0, out.numel(), data, dtype); });
   return out;
 }
 
@@ -174,7 +184,8 @@ void SafetensorsFile::read_rows(const TensorInfo& info, int64_t first_row, const
   check(fits, ErrorKind::kInput, "{}: shape {}, asked for rows {}..{} as {}", state_->where(info),
         shape_text(info.shape), first_row, first_row + (out.rank() > 0 ? out.dim(0) : 0), out.shape());
   const int64_t row = info.shape[0] == 0 ? 0 : info.numel() / info.shape[0];
-  state_->read_elements(info, first_row * row, out.numel(), out.raw(), out.dtype());
+  fill_from_host(out,
+                 [&](void* data) { state_->read_elements(info, first_row * row, out.numel(), data, out.dtype()); });
 }
 
 void SafetensorsFile::read_raw(const TensorInfo& info, uint64_t offset, void* out, size_t bytes) const {

@@ -155,8 +155,9 @@ SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& directory, std
     : state_(std::make_unique<State>(directory, std::move(specs), std::move(options))) {}
 SafetensorsWriter::~SafetensorsWriter() = default;
 
-void SafetensorsWriter::write(const std::string& name, const Tensor& tensor) {
+void SafetensorsWriter::write(const std::string& name, const Tensor& given) {
   State& s = *state_;
+  const Tensor tensor = given.on(DeviceKind::kCpu);
   while (s.current < s.specs.size() && s.specs[s.current].name != name && s.done == bytes_of(s.specs[s.current])) {
     s.open_shards();
     ++s.current;
@@ -211,7 +212,8 @@ void write_safetensors(const std::filesystem::path& file, const std::vector<std:
   all["format"] = "pt";
   write_file_atomically(file, [&](OutputFile& out) {
     out.write(header_bytes(specs, 0, specs.size(), all));
-    for (const auto& [name, tensor] : tensors) out.write(tensor.raw(), static_cast<size_t>(tensor.bytes()));
+    for (const auto& [name, tensor] : tensors)
+      out.write(tensor.on(DeviceKind::kCpu).raw(), static_cast<size_t>(tensor.bytes()));
   });
 }
 

@@ -150,7 +150,7 @@ Fingerprint make_fingerprint(const std::vector<ParameterPtr>& parameters, const 
     (p->trainable ? trained : frozen)
         .add(fmt::format("{} {} {}", p->name, p->value.shape(), name_of(p->value.dtype())));
     if (!p->trainable) {
-      frozen.add(p->value.raw(), static_cast<size_t>(p->value.bytes()));
+      frozen.add(p->value.on(DeviceKind::kCpu).raw(), static_cast<size_t>(p->value.bytes()));
     } else if (options.optimizer.rule) {
       const ParameterRule rule = options.optimizer.rule(*p);
       trained.add(fmt::format("{} {}", rule.lr_scale, rule.decay_scale));

@@ -18,7 +18,7 @@ std::vector<int32_t> read_integers(const SafetensorsFile& file, const std::strin
         file.path().string(), name, shape[0], shape[1]);
   check(info.dtype() && !is_floating(*info.dtype()), ErrorKind::kInput, "{}: \"{}\" is {}, expected integers",
         file.path().string(), name, info.file_dtype);
-  const Tensor t = file.read(name, DType::kI32);
+  const Tensor t = file.read(name, DType::kI32).on(DeviceKind::kCpu);
   return {t.data<int32_t>(), t.data<int32_t>() + t.numel()};
 }
 
@@ -31,8 +31,8 @@ void check_ids(const std::string& where, const std::vector<int32_t>& ids, int64_
 }
 
 Tensor as_i64(const Tensor& slots, const Shape& shape) {
-  const Tensor wide = Tensor::empty(shape, DType::kI64);
-  std::copy_n(slots.data<int32_t>(), slots.numel(), wide.data<int64_t>());
+  const Tensor narrow = slots.on(DeviceKind::kCpu), wide = Tensor::empty(shape, DType::kI64, DeviceKind::kCpu);
+  std::copy_n(narrow.data<int32_t>(), narrow.numel(), wide.data<int64_t>());
   return wide;
 }
 
@@ -90,7 +90,8 @@ std::vector<std::pair<std::string, Tensor>> dump_model(Olmoe& model, const DumpI
   out.emplace_back("loss_aux", scalar(aux));
   if (input.labels.empty()) return out;
 
-  const int32_t* labels = batch.labels.data<int32_t>();
+  const Tensor host_labels = batch.labels.on(DeviceKind::kCpu);
+  const int32_t* labels = host_labels.data<int32_t>();
   const int64_t count = std::count_if(labels, labels + batch.tokens(), [](int32_t label) { return label != kIgnored; });
   check(count > 0, ErrorKind::kInput,
         "labels: every position is ignored (-100), or none is left after the shift by one");

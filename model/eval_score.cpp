@@ -63,7 +63,7 @@ RowScores label_scores(const Olmoe& model, const Tensor& hidden, const Pass& pas
                   .compute = options.compute,
                   .log_prob = scores.log_prob,
                   .argmax = scores.argmax});
-  return scores;
+  return {scores.log_prob.on(DeviceKind::kCpu), scores.argmax.on(DeviceKind::kCpu)};
 }
 
 double log_sum_exp(std::span<const float> logits) {
@@ -92,8 +92,8 @@ std::vector<double> kl_rows(const Olmoe& model, const Tensor& hidden, const Tens
   std::vector<double> kl(static_cast<size_t>(rows));
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t end = std::min(rows, begin + chunk);
-    const Tensor ours = model.logits(hidden.slice(begin, end), forward);
-    const Tensor theirs = options.reference->logits(reference_hidden.slice(begin, end), forward);
+    const Tensor ours = model.logits(hidden.slice(begin, end), forward).on(DeviceKind::kCpu);
+    const Tensor theirs = options.reference->logits(reference_hidden.slice(begin, end), forward).on(DeviceKind::kCpu);
     parallel_for(0, end - begin, 1, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         const auto row = [&](const Tensor& logits) {

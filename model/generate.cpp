@@ -99,7 +99,7 @@ void choose_tokens(const Olmoe& model, const Tensor& hidden, const std::vector<i
     row += count;
     if (count > 0) last.slice(filled, filled + 1).copy_from(hidden.slice(row - 1, row)), ++filled;
   }
-  const Tensor logits = model.logits(last, options.forward);
+  const Tensor logits = model.logits(last, options.forward).on(DeviceKind::kCpu);
   int64_t allowed = logits.dim(1);
   if (options.tokenizer != nullptr) allowed = std::min(allowed, options.tokenizer->vocab_size());
   for (size_t i = 0; i < fed.size(); ++i) {

@@ -20,8 +20,7 @@ Tensor identity(int64_t count) {
 std::vector<LowRankTerms> LowRankTerms::of(const MoeLayer& layer, const std::vector<int32_t>& adapter_of_slot,
                                            const DispatchPlan& plan, GemmCompute compute) {
   std::map<int64_t, LowRankTerms> by_rank;
-  const int32_t* offsets = plan.slot_offsets.data<int32_t>();
-  std::map<int64_t, int64_t> pairs;
+  std::map<int64_t, size_t> slots;
   for (size_t i = 0; i < plan.slot_order.size(); ++i) {
     const int32_t index = adapter_of_slot[static_cast<size_t>(plan.slot_order[i])];
     if (index < 0) continue;
@@ -29,13 +28,13 @@ std::vector<LowRankTerms> LowRankTerms::of(const MoeLayer& layer, const std::vec
     LowRankTerms& terms = by_rank[adapter.rank()];
     terms.adapters_.resize(plan.slot_order.size());
     terms.adapters_[i] = adapter;
-    pairs[adapter.rank()] += offsets[i + 1] - offsets[i];
+    ++slots[adapter.rank()];
   }
   std::vector<LowRankTerms> all;
   for (auto& [rank, terms] : by_rank) {
     terms.rank_ = rank;
     terms.compute_ = compute;
-    terms.covers_all_ = pairs[rank] == plan.num_pairs;
+    terms.covers_all_ = slots[rank] == plan.slot_order.size();
     all.push_back(std::move(terms));
   }
   return all;

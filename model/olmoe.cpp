@@ -35,8 +35,9 @@ Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context) {
 }
 
 int64_t count_labels(const Tensor& labels) {
-  const int32_t* values = labels.data<int32_t>();
-  return std::count_if(values, values + labels.numel(), [](int32_t label) { return label != -100; });
+  const Tensor host = labels.on(DeviceKind::kCpu);
+  const int32_t* values = host.data<int32_t>();
+  return std::count_if(values, values + host.numel(), [](int32_t label) { return label != -100; });
 }
 
 }  // namespace

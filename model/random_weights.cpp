@@ -12,6 +12,11 @@
 namespace lightmoe {
 
 void fill_random_weight(const OlmoeConfig& config, std::string_view hf_name, uint64_t seed, const Tensor& out) {
+  if (!is_host_memory(out.device())) {
+    const Tensor staged = Tensor::empty(out.shape(), out.dtype(), DeviceKind::kCpu);
+    fill_random_weight(config, hf_name, seed, staged);
+    return out.copy_from(staged);
+  }
   float* values = out.data<float>();
   if (hf_name.ends_with("norm.weight")) {  // input_layernorm, post_attention_layernorm, q_norm, k_norm, model.norm
     std::fill_n(values, out.numel(), 1.0f);
