@@ -3,6 +3,7 @@
 #   make demo       the whole story on the small checkpoint the repository carries
 #   make test       unit, golden and fault tests, and the architecture lint
 #   make bench      benchmarks, JSON into build/bench/
+#   make sim | sim-race | sim-asan | sim-check     device tests on the GPU simulator, plain and in its checking builds
 #   make lint | format | setup | asan | fuzz | cuda
 # Variables: MODE=release|asan|debug|fuzz  CUDA=1 (GPU kernels too)  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)  FUZZ_SECONDS=5 (for each target)
 
@@ -70,7 +71,7 @@ else
   $(error MODE is $(MODE), expected release, asan, debug or fuzz)
 endif
 
-.PHONY: all demo test unit bench lint format setup asan fuzz fuzz-run cuda clean
+.PHONY: all demo sim sim-race sim-asan sim-check test unit bench lint format setup asan fuzz fuzz-run cuda clean
 .PRECIOUS: $(BUILD)/obj/%.o
 all: setup
 	@$(MAKE) --no-print-directory $(BUILD)/lightmoe $(BUILD)/lightmoe-bench
@@ -111,6 +112,45 @@ DEVICE_TEST_SOURCES := $(shell grep -l "tests/support/devices.h" tests/*.cpp) $(
 $(BUILD)/device-tests: $(call objects,$(filter runtime/% kernels/%,$(LIBRARY_SOURCES)) $(DEVICE_TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
+# The same tests with the simulator and the kernels built to check; everything else links as it is. race: the compiler's calls for the
+# thread sanitizer go to the simulator's own detector, so that library is not linked. asan: address and undefined-behaviour sanitizers.
+RACE_FLAGS := -O2 -DLIGHTMOE_RACE
+RACE_KERNEL_FLAGS := -fsanitize=thread
+ASAN_FLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+ASAN_LINK_FLAGS := -fsanitize=address,undefined
+SIMULATOR_SOURCES := $(wildcard kernels/device/simulator/*.cpp)
+define checking_build # name, variables' prefix
+$(BUILD)/sim-$(1)/obj/%.o: %.cpp
+	@mkdir -p $$(@D)
+	@echo "  CXX  $$< ($(1))"
+	@$$(CCACHE) $$(CXX) $$(CPPFLAGS) $$(CXXFLAGS) $$($(2)_FLAGS) -c $$< -o $$@
+$(BUILD)/sim-$(1)/obj/%.sim.o: %.cu
+	@mkdir -p $$(@D)
+	@echo "  SIM  $$< ($(1))"
+	@$$(CCACHE) $$(CXX) $$(CPPFLAGS) $$(CXXFLAGS) $$($(2)_FLAGS) $$($(2)_KERNEL_FLAGS) $$(SIM_FLAGS) -c $$< -o $$@
+$(BUILD)/device-tests-$(1): $$(patsubst %.cu,$(BUILD)/sim-$(1)/obj/%.sim.o,$$(wildcard kernels/*.cu tests/*.cu)) \
+    $$(SIMULATOR_SOURCES:%.cpp=$(BUILD)/sim-$(1)/obj/%.o) \
+    $$(call objects,$$(filter-out $$(SIMULATOR_SOURCES) %.cu,$$(filter runtime/% kernels/%,$$(LIBRARY_SOURCES)) $$(DEVICE_TEST_SOURCES)))
+	@echo "  LINK $$@"
+	@$$(CXX) $$(LDFLAGS) $$($(2)_LINK_FLAGS) $$^ -lgtest $$(LDLIBS) -o $$@
+endef
+$(eval $(call checking_build,race,RACE))
+$(eval $(call checking_build,asan,ASAN))
+
+# Device tests on the simulator: `make sim`, `make sim-race`, `make sim-asan` with SIM_SEEDS="1 2 3"; `make sim-check` is what CI runs.
+SIM_SEEDS ?= 1
+SIM_RUN = for seed in $(2); do echo "$(1), seed $$seed"; LIGHTMOE_TEST_DEVICES=sim LIGHTMOE_SIM_SEED=$$seed \
+  ASAN_OPTIONS=detect_leaks=0:detect_container_overflow=0 $(1) --gtest_brief=1 $(TEST_ARGS) || exit 1; done
+sim: $(BUILD)/device-tests
+	@$(call SIM_RUN,$<,$(SIM_SEEDS))
+sim-race: $(BUILD)/device-tests-race
+	@$(call SIM_RUN,$<,$(SIM_SEEDS))
+sim-asan: $(BUILD)/device-tests-asan
+	@$(call SIM_RUN,$<,$(SIM_SEEDS))
+sim-check:
+	@$(MAKE) --no-print-directory sim SIM_SEEDS="0 1 2 3 4"
+	@$(MAKE) --no-print-directory sim-race SIM_SEEDS="0 1 2"
+	@$(MAKE) --no-print-directory sim-asan SIM_SEEDS="1"
 # Each demo/*.cpp is a small program of its own (generators of the demo's data).
 $(BUILD)/demo-%: $(BUILD)/obj/demo/%.o $(LIBRARY_OBJECTS)
 	@echo "  LINK $@"
@@ -118,7 +158,7 @@ $(BUILD)/demo-%: $(BUILD)/obj/demo/%.o $(LIBRARY_OBJECTS)
 
 # NOTE: waiting OpenMP threads spin by default; where tests share the cores with other work, each parallel region then waits for
 # a time slice (measured here with 12 runnable processes on 2 cores: 19.4 s against 0.4 s for one training test).
-test unit asan: export OMP_WAIT_POLICY ?= passive
+test unit asan sim sim-race sim-asan: export OMP_WAIT_POLICY ?= passive
 
 test: setup lint
 	@$(MAKE) --no-print-directory $(BUILD)/lightmoe $(BUILD)/lightmoe-tests
@@ -172,4 +212,4 @@ cuda:
 clean:
 	rm -rf build
 
--include $(shell find $(BUILD)/obj -name '*.d' 2>/dev/null)
+-include $(shell find $(BUILD)/obj $(BUILD)/sim-race $(BUILD)/sim-asan -name '*.d' 2>/dev/null)

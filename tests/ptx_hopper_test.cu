@@ -41,7 +41,7 @@ __global__ void mbarrier_kernel(int* out) {  // thread 0 produces, the second wa
       ptx::mbarrier_arrive(&shared.full);
     } else if (t >= 32) {
       ptx::mbarrier_wait(&shared.full, phase);
-      out[i * 32 + t - 32] = shared.value;
+      out[static_cast<int>(blockIdx.x) * 128 + i * 32 + t - 32] = shared.value;
       ptx::mbarrier_arrive(&shared.free);
     }
   }
@@ -54,10 +54,10 @@ __global__ void mbarrier_kernel(int* out) {  // thread 0 produces, the second wa
 }
 
 DEVICE_TEST(PtxHopper, MbarriersHandOver) {
-  const DeviceArray<int> out(128);
+  const DeviceArray<int> out(256);
   launch<mbarrier_kernel>({.blocks = {2}, .threads = {64}, .shared_bytes = sizeof(Handover)}, out.data());
   const std::vector<int> v = out.values();
-  for (int i = 0; i < 128; ++i) EXPECT_EQ(v[static_cast<size_t>(i)], i / 32 * 10);
+  for (int i = 0; i < 256; ++i) EXPECT_EQ(v[static_cast<size_t>(i)], i % 128 / 32 * 10);
 }
 
 struct Bulk {
@@ -143,7 +143,7 @@ void check_tma(int column, int row) {
 }
 
 DEVICE_TEST(PtxHopper, TmaBringsABoxAndZerosAroundTheMatrix) {
-  for (const auto &[column, row] : {std::pair{0, 0}, {8, 2}, {48, 6}, {-8, -3}, {3, 9}, {200, 0}}) {
+  for (const auto& [column, row] : {std::pair{0, 0}, {8, 2}, {48, 6}, {-8, -3}, {3, 9}, {200, 0}}) {
     check_tma<64>(column, row);
     check_tma<32>(column, row);
     check_tma<16>(column, row);

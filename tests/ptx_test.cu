@@ -52,7 +52,7 @@ __global__ void mma_from_ldmatrix_kernel(const bf16* a, const bf16* b, float* d)
   auto& tile = shared_memory<Tile16>();
   const int lane = lane_id();
   ptx::cp_async_16(&tile.a[lane / 2][lane % 2 * 8], a + lane * 8);
-  ptx::cp_async_16(&tile.b[lane / 2 % 8][lane % 2 * 8], b + lane % 16 * 8);
+  if (lane < 16) ptx::cp_async_16(&tile.b[lane / 2][lane % 2 * 8], b + lane * 8);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   sync_warp();

@@ -145,14 +145,15 @@ __global__ void named_barrier_kernel(int* out) {  // two groups of threads: one 
     ptx::barrier_arrive(1, 128);
   } else {
     ptx::barrier_sync(1, 128);
-    out[t - 64] = shared.values[127 - t];
+    out[static_cast<int>(blockIdx.x) * 64 + t - 64] = shared.values[127 - t];
   }
 }
 
 DEVICE_TEST(Simt, NamedBarriersHandOver) {
-  DeviceArray<int> out(64);
+  DeviceArray<int> out(192);
   launch<named_barrier_kernel>({.blocks = {3}, .threads = {128}, .shared_bytes = sizeof(Neighbours)}, out.data());
-  for (int i = 0; i < 64; ++i) EXPECT_EQ(out.values()[static_cast<size_t>(i)], (63 - i) * 3);
+  const std::vector<int> v = out.values();
+  for (int i = 0; i < 192; ++i) EXPECT_EQ(v[static_cast<size_t>(i)], (63 - i % 64) * 3);
 }
 
 struct Atomics {

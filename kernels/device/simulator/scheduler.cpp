@@ -67,7 +67,7 @@ Thread* pick(Block& block) {  // null: nothing can run
       block.shuffled ? choose_at_random(block) : choose_next_in_order(block);
       return &block.threads[block.current_warp * 32 + block.current_lane];
     }
-    if (block.events.empty()) return nullptr;
+    if (block.events.empty() || block.alive == 0) return nullptr;
     block.steps = block.next_due;  // everybody waits for a copy: it lands
     run_due_events(block);
   }
