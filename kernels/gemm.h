@@ -79,7 +79,8 @@ struct GemmDesc {
 };
 
 struct GemmBackend {
-  std::string_view name;  // "reference", "blas", "native"; "simple", "mma": one entry each for sim and for cuda
+  std::string_view
+      name;  // "reference", "blas", "native"; "simple", "mma", "wgmma": an entry for sim, one for cuda; "cublas"
   bool (*supports)(const GemmDesc&);  // the only truth; no silent fallback inside a backend
   double (*cost)(const GemmDesc&);    // estimated microseconds, for the choice only
   void (*dense)(const Gemm&);         // null where a kind is not implemented (then supports says no)

@@ -127,31 +127,11 @@ DEVICE_FN void multiply_stage(float (&sum)[Tiles::kDown][Tiles::kAcross][4],
   }
 }
 
-// C's two columns from c on, of which `count` are inside; `together`: in one access.
-template <class C>
-DEVICE_FN void update_pair(C* c, int count, bool together, const GemmLaunch& p, float first, float second) {
-  const float alpha = static_cast<float>(p.alpha), beta = static_cast<float>(p.beta);
-  first *= alpha, second *= alpha;
-  if (beta != 0) {
-    first += beta * to_float(c[0]);
-    if (count > 1) second += beta * to_float(c[1]);
-  }
-  if (together && count > 1) {
-    struct alignas(2 * sizeof(C)) Pair {
-      C first, second;
-    };
-    *reinterpret_cast<Pair*>(c) = {from_float<C>(first), from_float<C>(second)};
-    return;
-  }
-  c[0] = from_float<C>(first);
-  if (count > 1) c[1] = from_float<C>(second);
-}
-
 template <class C, class Tiles>
 DEVICE_FN void update_tile(const GemmLaunch& p, const GemmTile& tile, int warp_row, int warp_column,
                            const float (&sum)[Tiles::kDown][Tiles::kAcross][4]) {
   C* matrix = static_cast<C*>(tile.c);
-  const bool together = p.c_stride % 2 == 0 && reinterpret_cast<uintptr_t>(matrix) % (2 * sizeof(C)) == 0;
+  const bool together = pairs_aligned(p, matrix);
 #pragma unroll
   for (int i = 0; i < Tiles::kDown; ++i) {
 #pragma unroll

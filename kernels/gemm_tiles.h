@@ -1,7 +1,7 @@
 #pragma once
 // The device side of gemm_launch.h: a block finds the tile of C it owns, and walks over the k it sums.
 
-#include "kernels/device/simt.h"
+#include "kernels/device/numeric.h"
 #include "kernels/gemm_launch.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
@@ -11,6 +11,7 @@ struct GemmTile {
   const void* b;
   void* c;
   int member, member_end;  // kGroupedK: entries of GemmLaunch::member to sum over
+  int group;               // kGroupedM: whose rows these are
   DEVICE_FN bool empty() const { return row >= row_end; }
 };
 
@@ -20,7 +21,7 @@ template <int kRows, int kColumns>
 DEVICE_FN GemmTile find_tile(const GemmLaunch& p, int index) {
   const int across = ceil_div(p.n, kColumns), down = ceil_div(p.m, kRows);
   const int t = index / across;
-  GemmTile tile{0, 0, (index - t * across) * kColumns, p.b.data, p.c, 0, 1};
+  GemmTile tile{0, 0, (index - t * across) * kColumns, p.b.data, p.c, 0, 1, 0};
   if (p.kind == GemmKind::kDense) {
     tile.row = t * kRows;
     tile.row_end = std::min(tile.row + kRows, p.m);
@@ -51,7 +52,8 @@ DEVICE_FN GemmTile find_tile(const GemmLaunch& p, int index) {
       const int first_row = begin + (t - (through - tiles)) * kRows;
       tile.row = shuffle(first_row, owner);
       tile.row_end = std::min(tile.row + kRows, shuffle(end, owner));
-      tile.b = p.group_data[group - lane_id() + owner];
+      tile.group = group - lane_id() + owner;
+      tile.b = p.group_data[tile.group];
       return tile;
     }
     before = shuffle(through, 31);
@@ -89,6 +91,31 @@ struct DepthCursor {
 
 DEVICE_FN int64_t row_start(const GemmOperand& x, int row) {
   return (x.rows != nullptr ? x.rows[row] : row) * x.stride;
+}
+
+// May C's elements be written two at a time, from even columns on?
+template <class C>
+DEVICE_FN bool pairs_aligned(const GemmLaunch& p, const C* matrix) {
+  return p.c_stride % 2 == 0 && reinterpret_cast<uintptr_t>(matrix) % (2 * sizeof(C)) == 0;
+}
+// C's two columns from c on, of which `count` are inside; `together`: in one access.
+template <class C>
+DEVICE_FN void update_pair(C* c, int count, bool together, const GemmLaunch& p, float first, float second) {
+  const float alpha = static_cast<float>(p.alpha), beta = static_cast<float>(p.beta);
+  first *= alpha, second *= alpha;
+  if (beta != 0) {
+    first += beta * to_float(c[0]);
+    if (count > 1) second += beta * to_float(c[1]);
+  }
+  if (together && count > 1) {
+    struct alignas(2 * sizeof(C)) Pair {
+      C first, second;
+    };
+    *reinterpret_cast<Pair*>(c) = {from_float<C>(first), from_float<C>(second)};
+    return;
+  }
+  c[0] = from_float<C>(first);
+  if (count > 1) c[1] = from_float<C>(second);
 }
 
 }  // namespace lightmoe::LIGHTMOE_DEVICE

@@ -53,14 +53,20 @@ inline void check_cuda(cudaError_t error, const char* what) {
   check(error == cudaSuccess, ErrorKind::kDevice, "cuda: {}: {}", what, cudaGetErrorString(error));
 }
 
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "the current device");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "attribute of the device");
+  return value;
+}
 inline int multiprocessors() {
-  static const int count = [] {
-    int device = 0, value = 0;
-    check_cuda(cudaGetDevice(&device), "the current device");
-    check_cuda(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "number of multiprocessors");
-    return value;
-  }();
+  static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
   return count;
+}
+inline int compute_capability() {  // 90 for sm_90
+  static const int value =
+      10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+  return value;
 }
 
 // A grid without blocks launches nothing.

@@ -36,6 +36,7 @@ struct Launch {
 };
 
 inline int multiprocessors() { return 4; }  // small, so that small tests meet what large products do
+inline int compute_capability() { return 90; }
 
 namespace detail {
 template <class... Parameters>

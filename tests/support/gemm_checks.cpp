@@ -224,7 +224,7 @@ void check_grouped_k(const cases::GroupedCase& c, const GemmTypes& t, const Grou
 
 void check_one_output(const GemmTypes& t, int64_t groups) {
   const std::vector<int64_t> rows(static_cast<size_t>(groups), 2);
-  const int64_t m = 5, n = 7;
+  const int64_t m = 16, n = 8;
   const Tensor a = random_tensor({2 * groups, m}, t.a, 4), b = random_tensor({2 * groups, n}, t.b, 5);
   Output out({m, n}, t.c, -1);
   GroupedGemmK op{.a = a, .b = b, .offsets = offsets_of(rows), .beta = -1, .compute = t.compute};
