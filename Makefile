@@ -46,7 +46,7 @@ NVCC_FLAGS := -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warn
 CUDA_ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
 ifeq ($(CUDA),1)
   CPPFLAGS += -DLIGHTMOE_CUDA -isystem $(CUDA_HOME)/include
-  LDLIBS += -L$(CUDA_HOME)/lib64 -Wl$(comma)-rpath$(comma)$(CUDA_HOME)/lib64 -lcudart
+  LDLIBS += -L$(CUDA_HOME)/lib64 -Wl$(comma)-rpath$(comma)$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lcublas
 endif
 
 CPPFLAGS += -I. $(if $(OPENBLAS_DIR),-I$(subst /lib/,/include/,$(OPENBLAS_DIR)))
