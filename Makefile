@@ -5,6 +5,7 @@
 #   make bench      benchmarks, JSON into build/bench/
 #   make sim | sim-race | sim-asan | sim-check     device tests on the GPU simulator, plain and in its checking builds
 #   make lint | format | setup | asan | fuzz | cuda
+#   make gpu-build | gpu-check     everything a GPU must prove, packed for a bare machine, and run there
 # Variables: MODE=release|asan|debug|fuzz  CUDA=1 (GPU kernels too)  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)  FUZZ_SECONDS=5 (for each target)
 
 MODE ?= release
@@ -71,7 +72,7 @@ else
   $(error MODE is $(MODE), expected release, asan, debug or fuzz)
 endif
 
-.PHONY: all demo sim sim-race sim-asan sim-check test unit bench lint format setup asan fuzz fuzz-run cuda clean
+.PHONY: all demo sim sim-race sim-asan sim-check test unit bench lint format setup asan fuzz fuzz-run cuda gpu-build gpu-check clean
 .PRECIOUS: $(BUILD)/obj/%.o
 all: setup
 	@$(MAKE) --no-print-directory $(BUILD)/lightmoe $(BUILD)/lightmoe-bench
@@ -208,6 +209,16 @@ cuda:
 	@if [ -z "$(NVCC)" ]; then echo "cuda: no nvcc here, skipped"; \
 	elif [ -z "$(CUDA_SOURCES)" ]; then echo "cuda: no .cu files yet"; \
 	else scripts/check_ptxas.sh "$(NVCC)" "$(NVCC_FLAGS)" $(CUDA_SOURCES); fi
+
+# Programs for a machine with a GPU and nothing else: kernels for sm_90a, any x86-64 processor with AVX2, libraries beside them.
+# `make gpu-check` runs them there (scripts/gpu_check.sh), after building them where there is nvcc.
+GPU_TREE := build/gpu-tree
+gpu-build: setup
+	@$(MAKE) --no-print-directory CUDA=1 ARCH=x86-64-v3 BUILD=$(GPU_TREE) CUDA_ARCHITECTURES="-gencode arch=compute_90a,code=sm_90a" \
+	  $(GPU_TREE)/device-tests $(GPU_TREE)/lightmoe-bench $(GPU_TREE)/lightmoe
+	@scripts/gpu_pack.sh $(GPU_TREE) build/gpu $(VERSION)
+gpu-check: $(if $(wildcard build/gpu/device-tests),,gpu-build)
+	@scripts/gpu_check.sh
 
 clean:
 	rm -rf build

@@ -4,9 +4,13 @@
 
 #include <benchmark/benchmark.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <string>
 
+#include "runtime/error.h"
+#include "runtime/memory.h"
 #include "runtime/parallel.h"
 #include "runtime/version.h"
 
@@ -25,6 +29,17 @@ std::string processor_name() {
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  const char* device = std::getenv("LIGHTMOE_BENCH_DEVICE");
+  if (device != nullptr) {
+    try {
+      lightmoe::set_default_device(lightmoe::device_named(device));
+      lightmoe::Buffer::allocate(1, lightmoe::default_device(), lightmoe::MemoryCategory::kScratch);
+    } catch (const lightmoe::Error& error) {
+      std::fprintf(stderr, "error[E%d] LIGHTMOE_BENCH_DEVICE: %s\n", error.exit_code(), error.what());
+      return error.exit_code();
+    }
+  }
+  benchmark::AddCustomContext("device", std::string(name_of(lightmoe::default_device())));
   benchmark::AddCustomContext("commit", lightmoe::version());
   benchmark::AddCustomContext("processor", processor_name());
   benchmark::AddCustomContext("threads", std::to_string(lightmoe::num_threads()));
