@@ -109,7 +109,9 @@ $(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call objects,$(TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
-DEVICE_TEST_SOURCES := $(shell grep -l "tests/support/devices.h" tests/*.cpp) $(wildcard tests/*.cu) tests/support/testing.cpp tests/support/main.cpp
+DEVICE_TESTS := $(shell grep -l "tests/support/devices.h" tests/*.cpp)
+MODEL_DEVICE_TESTS := $(shell grep -l '"model/' $(DEVICE_TESTS))
+DEVICE_TEST_SOURCES := $(filter-out $(MODEL_DEVICE_TESTS),$(DEVICE_TESTS)) $(wildcard tests/*.cu) tests/support/testing.cpp tests/support/main.cpp
 $(BUILD)/device-tests: $(call objects,$(filter runtime/% kernels/%,$(LIBRARY_SOURCES)) $(DEVICE_TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
@@ -152,6 +154,10 @@ sim-check:
 	@$(MAKE) --no-print-directory sim SIM_SEEDS="0 1 2 3 4"
 	@$(MAKE) --no-print-directory sim-race SIM_SEEDS="0 1 2"
 	@$(MAKE) --no-print-directory sim-asan SIM_SEEDS="1"
+# Whole models on every device.
+$(BUILD)/model-device-tests: $(LIBRARY_OBJECTS) $(call objects,$(MODEL_DEVICE_TESTS) tests/support/testing.cpp tests/support/main.cpp)
+	@echo "  LINK $@"
+	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # Each demo/*.cpp is a small program of its own (generators of the demo's data).
 $(BUILD)/demo-%: $(BUILD)/obj/demo/%.o $(LIBRARY_OBJECTS)
 	@echo "  LINK $@"
@@ -215,7 +221,7 @@ cuda:
 GPU_TREE := build/gpu-tree
 gpu-build: setup
 	@$(MAKE) --no-print-directory CUDA=1 ARCH=x86-64-v3 BUILD=$(GPU_TREE) CUDA_ARCHITECTURES="-gencode arch=compute_90a,code=sm_90a" \
-	  $(GPU_TREE)/device-tests $(GPU_TREE)/lightmoe-bench $(GPU_TREE)/lightmoe
+	  $(addprefix $(GPU_TREE)/,device-tests model-device-tests lightmoe-bench lightmoe)
 	@scripts/gpu_pack.sh $(GPU_TREE) build/gpu $(VERSION)
 gpu-check: $(if $(wildcard build/gpu/device-tests),,gpu-build)
 	@scripts/gpu_check.sh

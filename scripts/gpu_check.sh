@@ -29,6 +29,7 @@ date -u +%Y-%m-%dT%H:%M:%SZ >> "$out/device.csv"
 cat build/gpu/version >> "$out/device.csv"
 
 part tests env LIGHTMOE_TEST_DEVICES=cuda build/gpu/device-tests --gtest_brief=1 --gtest_output="json:$out/tests.json"
+part models env LIGHTMOE_TEST_DEVICES=cuda build/gpu/model-device-tests --gtest_brief=1 --gtest_output="json:$out/models.json"
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck synccheck; do
     part "sanitizer-$tool" env LIGHTMOE_TEST_DEVICES=cuda timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 1 \

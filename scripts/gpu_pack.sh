@@ -4,7 +4,7 @@ set -euo pipefail
 tree=$1 pack=$2 version=$3
 rm -rf "$pack.new"
 mkdir -p "$pack.new/lib"
-for program in device-tests lightmoe-bench lightmoe; do
+for program in device-tests model-device-tests lightmoe-bench lightmoe; do
   strip -o "$pack.new/$program" "$tree/$program"
   ldd "$tree/$program" | awk '$3 ~ /^\// { print $3 }' | grep -vE '/(libc|libm|libdl|libpthread|librt)\.so' |
     while read -r library; do cp -nL "$library" "$pack.new/lib/"; done
