@@ -5,12 +5,7 @@
 namespace lightmoe::LIGHTMOE_DEVICE {
 namespace {
 
-// A row goes through its keys in blocks, with a running maximum (arXiv 2205.14135), and through its blocks in parts: each part starts
-// afresh and is merged into the total at its end. Blocks and parts are counted from key 0 of the sequence, a key that a row does not
-// see adds exact zeros, and the sums of a row never meet another row. So the bits of a result are the same whether one block works
-// through all parts (prefill) or many take one each and a second kernel merges them (decode), and whatever else is in the call.
-constexpr int kKeys = 64;
-constexpr int kPartKeys = 4 * kKeys;
+constexpr int kKeys = kAttentionKeys;
 constexpr int kFewRows = 16, kManyRows = 64;  // of a tile
 constexpr int64_t kFewBlocks = 512;           // below this a GPU is not full, and the parts become blocks of their own
 constexpr int64_t kMaxPartBytes = int64_t{256} << 20;
@@ -18,31 +13,6 @@ constexpr int64_t kMaxPartBytes = int64_t{256} << 20;
 template <int kRows, int kWidth>
 struct AttentionTiles {
   float q[kRows][kWidth + 4], keys[kKeys][kWidth + 4], p[kRows][kKeys + 4];  // keys, then values
-};
-
-struct Running {
-  float largest = -INFINITY, sum = 0;
-};
-DEVICE_FN float shift_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
-
-// Appends a part with its own maximum: total becomes total x before + part x after.
-struct Merge {
-  float before, after;
-  DEVICE_FN Merge(Running& total, const Running& part) {
-    const float largest = std::max(total.largest, part.largest);
-    before = fast_exp(total.largest - shift_of(largest)), after = fast_exp(part.largest - shift_of(largest));
-    total.sum = std::fma(total.sum, before, part.sum * after);
-    total.largest = largest;
-  }
-  DEVICE_FN float operator()(float total, float part) const { return std::fma(total, before, part * after); }
-};
-
-struct AttentionResult {
-  Elements out;
-  float* lse;  // null: not kept
-  float *part_out,
-      *part_of;  // [rows of q x heads, parts, head_dim] and [.., 2]: maximum and sum; null: merged in the kernel
-  int parts;
 };
 
 // One tile of rows against the keys, as one thread sees it.
@@ -156,11 +126,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kRows == kFewRows ? 2 : 1)
                            [&](int r) { return n.q_offset(span, kv_head, first + r); });
   const bool one_part = to.part_out != nullptr;
   const int part = static_cast<int>(blockIdx.z);
-  const int from = one_part ? part * kPartKeys : 0, until = one_part ? std::min(from + kPartKeys, end) : end;
+  const int from = one_part ? part * kAttentionPartKeys : 0,
+            until = one_part ? std::min(from + kAttentionPartKeys, end) : end;
   tile.start_part();
   for (int begin = from; begin < until; begin += kKeys) {
     tile.key_block(k, v, begin);
-    const bool ends = (begin + kKeys) % kPartKeys == 0 || begin + kKeys >= until;
+    const bool ends = (begin + kKeys) % kAttentionPartKeys == 0 || begin + kKeys >= until;
     if (!ends || one_part) continue;
     tile.merge_part();
     tile.start_part();
@@ -215,7 +186,7 @@ void launch_tiles(const Attention& op, const AttentionSizes& n, const AttentionR
 // Few rows and many keys: parts become blocks of their own. 0: not worth it.
 int64_t parts_of(const Attention& op, const AttentionSizes& n) {
   const int64_t keys = op.sequences.max_k_count > 0 ? op.sequences.max_k_count : op.k.dim(0);
-  const int64_t parts = ceil_div(keys, kPartKeys), rows = op.q.dim(0) * n.heads;
+  const int64_t parts = ceil_div(keys, kAttentionPartKeys), rows = op.q.dim(0) * n.heads;
   const bool few = static_cast<int64_t>(n.row_tiles(kFewRows)) * n.kv_heads < kFewBlocks;
   return few && parts > 1 && rows * parts * (n.head_dim + 2) * 4 <= kMaxPartBytes ? parts : 0;
 }
@@ -234,12 +205,13 @@ void forward_device(const Attention& op) {
     part_of = Tensor::empty({rows * parts, 2}, DType::kF32, kDevice);
     to.part_out = part_out.data<float>(), to.part_of = part_of.data<float>(), to.parts = static_cast<int>(parts);
   }
-  visit_head_width("attention", op.head_dim, [&]<int kWidth>() {
+  const auto launch_f32 = [&]<int kWidth>() {
     if constexpr (kWidth <= 128) {
       if (!few_rows) return launch_tiles<kManyRows, kWidth>(op, n, to);
     }
     launch_tiles<kFewRows, kWidth>(op, n, to);
-  });
+  };
+  if (!launch_attention_mma(op, n, to, few_rows)) visit_head_width("attention", op.head_dim, launch_f32);
   if (parts == 0) return;
   launch<attention_merge_kernel>({.blocks = {static_cast<uint32_t>(ceil_div(rows, 8))}, .threads = {256}}, to,
                                  n.queries, n.heads, n.head_dim);

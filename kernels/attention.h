@@ -12,10 +12,12 @@
 // memory: beside the arguments, per thread some tiles, in backward also dq of one sequence and key head: never Tq x Tk.
 // Deterministic. A query's result has the same bits whatever else is in the call, wherever its keys lie, and in prefill and decode
 //   alike (CPU: keys are taken in blocks of 64 counted from key 0, masked keys add exact zeros; values must be finite).
-// sim, cuda: head_dim at most 256; the sequences lie on the device and are not checked. The promise above is kept by construction (blocks
-//   of 64 keys in parts of 256, each part with its own maximum, parts merged in order, by one block or, in decode, by a second kernel;
-//   every multiply-add is a fused one); it is tested on the simulator, no GPU has run it yet. Scratch: decode at most 256 MiB of parts;
-//   backward one f32 for each query and head. Backward recomputes the scores twice (14 instead of 10 FLOPs) and shares no sums.
+// sim, cuda: head_dim at most 256; the sequences lie on the device and are not checked. bf16 with head_dim 64 or 128 runs on the tensor
+//   cores (mma.sync), where probabilities and score gradients are rounded to bf16 before they multiply; all else multiplies in f32.
+//   The promise above is kept by construction (blocks of 64 keys in parts of 256, each part with its own maximum, parts merged in order
+//   by one block or, in decode, by a second kernel; every multiply-add is a fused one): tested on the simulator, not yet on a GPU.
+//   Scratch: decode at most 256 MiB of parts; backward one f32 for each query and head. Backward recomputes the scores twice (14 instead
+//   of 10 FLOPs), so that blocks share no sums.
 // cost: 4 Hd H FLOPs per (query, key) pair forward, 10 backward.
 
 #include "runtime/dispatch.h"

@@ -82,6 +82,43 @@ struct AttentionSizes {
   }
 };
 
+// How a row goes through its keys, in attention.cu and attention_mma.cu alike: in blocks, with a running maximum (arXiv 2205.14135), and
+// through its blocks in parts: each part starts afresh and is merged into the total at its end. Blocks and parts are counted from key 0
+// of the sequence, a key that a row does not see adds exact zeros, and the sums of a row never meet another row. So the bits of a result
+// are the same whether one block works through all parts (prefill) or many take one each and a second kernel merges them (decode), and
+// whatever else is in the call.
+constexpr int kAttentionKeys = 64;
+constexpr int kAttentionPartKeys = 4 * kAttentionKeys;
+
+struct Running {
+  float largest = -INFINITY, sum = 0;
+};
+DEVICE_FN float shift_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
+
+// Appends a part with its own maximum: total becomes total x before + part x after.
+struct Merge {
+  float before, after;
+  DEVICE_FN Merge(Running& total, const Running& part) {
+    const float largest = std::max(total.largest, part.largest);
+    before = fast_exp(total.largest - shift_of(largest)), after = fast_exp(part.largest - shift_of(largest));
+    total.sum = std::fma(total.sum, before, part.sum * after);
+    total.largest = largest;
+  }
+  DEVICE_FN float operator()(float total, float part) const { return std::fma(total, before, part * after); }
+};
+
+struct AttentionResult {
+  Elements out;
+  float* lse;       // null: not kept
+  float* part_out;  // [rows of q x heads, parts, head_dim]; null: parts are merged in the kernel
+  float* part_of;   // [rows of q x heads, parts, 2]: maximum and sum
+  int parts;
+};
+// bf16 on the tensor cores (attention_mma.cu); false, and nothing launched, where these do not take the shapes.
+bool launch_attention_mma(const Attention& op, const AttentionSizes& n, const AttentionResult& to, bool few_rows);
+// The same of backward (attention_mma_backward.cu). delta f32 [H, Tq] = <out, dout>.
+bool launch_attention_backward_mma(const AttentionBackward& op, const AttentionSizes& n, const Tensor& delta);
+
 struct SequenceTile {
   int sequence, tile;  // sequence -1: this block is behind the last tile
 };
