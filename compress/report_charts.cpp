@@ -52,7 +52,7 @@ struct Point {
 
 // The frame of a chart: plot area, scales, ticks and axis names.
 struct Frame {
-  double left = 52, right = 14, top = 14, bottom = 40;
+  double left = 62, right = 14, top = 14, bottom = 40;
   SvgScale x, y;
 };
 
