@@ -7,8 +7,6 @@
 namespace lightmoe::LIGHTMOE_DEVICE {
 namespace {
 
-constexpr int kThreads = 256;
-
 #if defined(__CUDACC__)
 DEVICE_FN void sin_cos_pi(float x, float* s, float* c) { sincospif(x, s, c); }
 #else
@@ -32,8 +30,9 @@ DEVICE_FN void turn_by(double turns, float* cosine, float* sine) {
 
 // One token: its turns into shared memory, cosines then sines; then all heads.
 template <class T>
-__global__ void __launch_bounds__(kThreads) rope_kernel(const T* x, const int* positions, T* y, int width, int half,
-                                                        double log2_theta, float direction, bool aligned) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    rope_kernel(const T* x, const int* positions, T* y, int width, int half, double log2_theta, float direction,
+                bool aligned) {
   constexpr int kV = kVector<T>;
   auto* cosine = &shared_memory<float>();
   float* sine = cosine + half;
