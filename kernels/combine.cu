@@ -15,17 +15,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     sum_over_pairs_kernel(const T* x, const float* gates, const int* index, const int* order, const int* begins, T* y,
                           int n, bool aligned) {
   constexpr int kV = kVector<T>;
+  const auto row = [&](int64_t at) { return gates != nullptr && index[order[at]] < 0 ? -1 : order[at]; };
+  const auto weight = [&](int64_t at) { return gates != nullptr ? gates[index[order[at]]] : 1.0f; };
   const int begin = begins[blockIdx.x], end = begins[blockIdx.x + 1];
   for (int i = first_column<kV>(); i < n; i += column_step<kV>()) {
     Floats<kV> sum{};
-    for (int at = begin; at < end; ++at) {
-      const int p = order[at];
-      if (gates != nullptr && index[p] < 0) continue;
-      const float gate = gates != nullptr ? gates[index[p]] : 1.0f;
-      const auto row = load_floats<kV>(x + static_cast<int64_t>(p) * n, i, n, aligned);
-#pragma unroll
-      for (int k = 0; k < kV; ++k) sum[k] += gate * row[k];
-    }
+    add_rows(sum, x, begin, end, row, weight, i, n, aligned);
     store_floats(y + static_cast<int64_t>(blockIdx.x) * n, i, n, aligned, sum);
   }
 }
@@ -83,18 +78,14 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     combine_kernel(const T* x, const int* index, const float* scales, T* y, int terms, int n, bool accumulate,
                    bool aligned) {
   constexpr int kV = kVector<T>;
+  const auto row = [&](int64_t j) { return index[j]; };
+  const auto weight = [&](int64_t j) { return scales != nullptr ? scales[j] : 1.0f; };
   const int64_t first = static_cast<int64_t>(blockIdx.x) * terms;
   T* out = y + static_cast<int64_t>(blockIdx.x) * n;
   for (int i = first_column<kV>(); i < n; i += column_step<kV>()) {
     Floats<kV> sum{};
     if (accumulate) sum = load_floats<kV>(out, i, n, aligned);
-    for (int64_t j = first; j < first + terms; ++j) {
-      if (index[j] < 0) continue;
-      const float scale = scales != nullptr ? scales[j] : 1.0f;
-      const auto row = load_floats<kV>(x + static_cast<int64_t>(index[j]) * n, i, n, aligned);
-#pragma unroll
-      for (int k = 0; k < kV; ++k) sum[k] += scale * row[k];
-    }
+    add_rows(sum, x, first, first + terms, row, weight, i, n, aligned);
     store_floats(out, i, n, aligned, sum);
   }
 }

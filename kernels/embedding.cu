@@ -38,10 +38,10 @@ __global__ void __launch_bounds__(kGradientThreads)
   if (i >= n) return;
   Out* to = dtable + checked(id, vocabulary) * n;
   auto sum = load_floats<kV>(to, i, n, aligned);
-  for (; at < rows && ids[order[at]] == id; ++at) {
-    const auto row = load_floats<kV>(dy + static_cast<int64_t>(order[at]) * n, i, n, aligned);
-#pragma unroll
-    for (int k = 0; k < kV; ++k) sum[k] += row[k];
+  const auto row = [&](int64_t j) { return ids[order[j]] == id ? order[j] : -1; };
+  const auto weight = [](int64_t) { return 1.0f; };
+  for (; at < rows && ids[order[at]] == id; at += kAhead) {
+    add_rows(sum, dy, at, std::min(at + kAhead, rows), row, weight, i, n, aligned);
   }
   store_floats(to, i, n, aligned, sum);
 }
