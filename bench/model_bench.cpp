@@ -114,7 +114,7 @@ void train_step(benchmark::State& state, const Variant& v) {
   const std::vector<int32_t> ids = random_ids(kRows * kLength, session.model().config.vocab_size, 4);
   const Batch batch = make_batch(ids, kRows, kLength, ids);
   const PassWork work = session.count(batch, true);
-  session.train_step(batch, v.compute);
+  session.start_training(batch, v.compute);
   reset_peak_memory();
   for (auto _ : state) session.train_step(batch, v.compute);
   report(state, v, "step", kRows * kLength, work.step_flop(), 0);

@@ -35,13 +35,13 @@ class ModelSession {
   PassWork count(const Batch& batch, bool all_logits);
   // Of `count` tokens decoded one by one; the mean position is `length`.
   PassWork count_decode(const Batch& batch, int64_t length);
-  // One optimizer step. The first calls of a session are made twice before: gradients, moments and memory are then in place.
-  void train_step(const Batch& batch, GemmCompute compute);
+  // Two steps unless this session has trained: gradients, moments and memory are then in place.
+  void start_training(const Batch& batch, GemmCompute compute);
+  void train_step(const Batch& batch, GemmCompute compute);  // forward, backward, clip, AdamW
   // Bytes of the original's weights, of the same dtype.
   int64_t original_bytes() const;
 
  private:
-  void step(const Batch& batch, GemmCompute compute);
   std::unique_ptr<Olmoe> model_;
   std::unique_ptr<Optimizer> optimizer_;
   std::string shape_;
