@@ -99,6 +99,8 @@ double tolerance_of(const Problem& p, DType result) {
   return testing::sum_tolerance(compute, p.c.head_dim) * 3 + testing::sum_tolerance(result, p.k.dim(0));
 }
 
+bool on_cpu() { return default_device() == DeviceKind::kCpu; }
+
 void check_case(const cases::AttentionCase& c, DType dtype, DType kv_dtype) {
   SCOPED_TRACE(::testing::Message() << c.name << " " << name_of(dtype) << " " << name_of(kv_dtype));
   const Problem p(c, dtype, kv_dtype);
@@ -135,7 +137,8 @@ TEST(Attention, MatchesTheEquation) {
   testing::on_each_device<Attention, AttentionBackward>([] {
     for (const auto& c : cases::attention) {
       for (const DType dtype : testing::floating_dtypes()) check_case(c, dtype, dtype);
-      check_case(c, DType::kF32, DType::kBF16);
+      // On devices two types differ in the loads alone: some cases are enough for the simulator's checking builds to stay quick.
+      if (on_cpu() || c.head_dim == 16) check_case(c, DType::kF32, DType::kBF16);
     }
   });
 }
@@ -190,14 +193,16 @@ Tensor run_alone(const Problem& p, size_t n, int64_t k_offset, int64_t tail) {
   return out;
 }
 
-void check_alone(DType dtype) {
+void check_alone(DType dtype, int64_t least_head_dim) {
+  const std::vector<int64_t> k_offsets = on_cpu() ? std::vector<int64_t>{0, 1, 37} : std::vector<int64_t>{37};
   for (const auto& c : cases::attention) {
+    if (c.head_dim < least_head_dim) continue;
     const Problem p(c, dtype, dtype);
     const Tensor out = Tensor::empty(p.q.shape(), dtype);
     run(p.forward(out, {}));
     for (size_t n = 0; n < c.sequences.size(); ++n) {
       const int64_t queries = c.sequences[n].queries;
-      for (const int64_t k_offset : {0, 1, 37}) {
+      for (const int64_t k_offset : k_offsets) {
         EXPECT_TRUE(testing::bits_equal(run_alone(p, n, k_offset, queries), out.slice(p.q_begin[n], p.q_begin[n + 1])))
             << c.name << " " << name_of(dtype);
       }
@@ -207,8 +212,8 @@ void check_alone(DType dtype) {
 
 TEST(Attention, AQueryDoesNotDependOnWhatElseIsInTheCall) {
   testing::on_each_device<Attention>([] {
-    check_alone(DType::kF32);
-    check_alone(DType::kBF16);
+    check_alone(DType::kF32, 0);
+    check_alone(DType::kBF16, on_cpu() ? 0 : 64);  // from 64 on devices have other kernels for it
   });
 }
 
@@ -217,8 +222,7 @@ void check_decode(DType dtype, DType kv_dtype, int64_t head_dim) {
   const Problem whole({"", 4, 2, head_dim, {{300, 300, 0, 0}}}, dtype, kv_dtype);
   const Tensor out = Tensor::empty(whole.q.shape(), dtype);
   run(whole.forward(out, {}));
-  const bool on_cpu = default_device() == DeviceKind::kCpu;
-  for (int32_t t = 0; t < 300; t += on_cpu ? 1 : 13) {
+  for (int32_t t = 0; t < 300; t += on_cpu() ? 1 : 41) {
     Problem part = whole;
     part.c.sequences = {{t + 1, t + 1, 0, 0}};
     part.q_begin = {0, t + 1};
