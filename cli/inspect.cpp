@@ -48,17 +48,19 @@ void print_count(std::string_view name, const StoredCount& count, int64_t all_by
 }
 
 void print_layers(const ModelSummary& s) {
-  fmt::print("slot tables ({} slots a layer)\n  {:<7}{:>6}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}\n", s.config.num_experts,
-             "layer", "own", "shared", "sharing", "zero", "removed", "adapters", "rank");
+  fmt::print("slot tables ({} slots a layer)\n  {:<7}{:>6}{:>8}{:>9}{:>10}{:>7}{:>9}{:>10}{:>8}{:>10}{:>9}\n",
+             s.config.num_experts, "layer", "own", "shared", "sharing", "borrowed", "zero", "removed", "constant",
+             "latent", "adapters", "rank");
   for (size_t l = 0; l < s.layers.size(); ++l) {
     const LayerSummary& x = s.layers[l];
     const std::string rank = x.smallest_rank == x.largest_rank ? fmt::format("{}", x.largest_rank)
                                                                : fmt::format("{}-{}", x.smallest_rank, x.largest_rank);
-    fmt::print("  {:<7}{:>6}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}\n", l, x.own, x.shared, x.sharing_slots, x.zero_slots,
-               x.removed_slots, x.adapters, rank);
+    fmt::print("  {:<7}{:>6}{:>8}{:>9}{:>10}{:>7}{:>9}{:>10}{:>8}{:>10}{:>9}\n", l, x.own, x.shared, x.sharing_slots,
+               x.borrowed, x.zero_slots, x.removed_slots, x.constant_slots, x.latent_slots, x.adapters, rank);
   }
   fmt::print(
-      "  own: stored experts of one slot; shared: of several slots (sharing); zero: slots whose expert is W = 0\n");
+      "  own: stored experts of one slot; shared: of several slots (sharing); borrowed: of both, stored by "
+      "another layer; zero: slots whose expert is W = 0\n");
 }
 
 void print_tensors(const std::string& model) {
@@ -93,6 +95,11 @@ Json to_json(const ModelSummary& s, const std::string& model, bool tensors) {
                              {"sharing_slots", x.sharing_slots},
                              {"zero_slots", x.zero_slots},
                              {"removed_slots", x.removed_slots},
+                             {"constant_slots", x.constant_slots},
+                             {"latent_slots", x.latent_slots},
+                             {"latent_size", x.latent_size},
+                             {"projections", x.projections},
+                             {"borrowed", x.borrowed},
                              {"adapters", x.adapters},
                              {"smallest_rank", x.smallest_rank},
                              {"largest_rank", x.largest_rank}});

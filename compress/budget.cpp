@@ -13,14 +13,19 @@ ModelSize model_size(const OlmoeConfig& c) {
   const int64_t tables = (c.tie_word_embeddings ? 1 : 2) * c.vocab_size * d;
   return {.layers = c.num_layers,
           .slots = c.num_experts,
+          .hidden = d,
+          .width = c.intermediate_size,
           .expert = 3 * d * c.intermediate_size,
           .adapter_unit = 3 * (d + c.intermediate_size),
           .rest = tables + d + c.num_layers * layer};
 }
 
 int64_t stored_parameters(const LayerShape& layer, const ModelSize& size) {
-  const int64_t experts = std::count(layer.zero_expert.begin(), layer.zero_expert.end(), 0);
-  return experts * size.expert + adapter_parameters(layer, size);
+  int64_t sum = adapter_parameters(layer, size) + layer.constants * size.hidden;
+  for (size_t j = 0; j < layer.zero_expert.size(); ++j) sum += layer.stores(j) ? size.expert : 0;
+  const auto latents = static_cast<int64_t>(layer.latent_projection.size());
+  sum += layer.projections * 2 * layer.latent_size * size.hidden;
+  return sum + latents * (2 * layer.latent_size + size.hidden) * size.width;
 }
 
 int64_t adapter_parameters(const LayerShape& layer, const ModelSize& size) {

@@ -14,6 +14,7 @@ namespace lightmoe {
 
 struct ModelSize {
   int64_t layers = 0, slots = 0;  // L, E
+  int64_t hidden = 0, width = 0;  // D, F
   int64_t expert = 0;             // parameters of one expert
   int64_t adapter_unit = 0;       // parameters of an adapter of rank 1
   int64_t rest = 0;               // embedding, attention, norms, routers, head

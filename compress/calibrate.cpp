@@ -67,6 +67,10 @@ void Collector::add_logits(const RouterView& view, LayerStatistics& layer) const
   }
   for (const int64_t t : sampled_rows) {
     layer.sample_logits.insert(layer.sample_logits.end(), logits + t * slots, logits + (t + 1) * slots);
+    if (!options_.sample_inputs) continue;
+    const int64_t d = view.x.dim(1);
+    const float* x = view.x.data<float>() + t * d;
+    layer.sample_inputs.insert(layer.sample_inputs.end(), x, x + d);
   }
 }
 
@@ -100,7 +104,7 @@ void Collector::add_rows(const RouterView& view, const DispatchPlan& plan, const
   const int64_t d = outputs.dim(1), begin = plan.pair_group_offsets.data<int32_t>()[e],
                 end = plan.pair_group_offsets.data<int32_t>()[e + 1];
   const auto slot = static_cast<size_t>(e);
-  double* mean = layer.routed_output.data() + e * d;
+  double *sum = layer.routed_output.data() + e * d, *squares = layer.routed_output2.data() + e * d;
   for (int64_t p = begin; p < end; ++p) {
     const float* f = outputs.data<float>() + p * d;
     const double gate = view.gates.data<float>()[plan.pair_index.data<int32_t>()[p]], norm = norm_of(f, d);
@@ -112,7 +116,10 @@ void Collector::add_rows(const RouterView& view, const DispatchPlan& plan, const
     layer.gate_output_norm[slot] += gate * norm;
     layer.output_norm2[slot] += norm * norm;
     layer.gate_output_norm2[slot] += gate * norm * norm;
-    for (int64_t i = 0; i < d; ++i) mean[i] += static_cast<double>(f[i]);
+    for (int64_t i = 0; i < d; ++i) {
+      const auto v = static_cast<double>(f[i]);
+      sum[i] += v, squares[i] += v * v;
+    }
   }
 }
 

@@ -30,12 +30,13 @@ class Compression {
   AdapterFactors factors(size_t layer, size_t adapter, ExpertMatrix matrix) const;
   std::vector<WeightedMatrix> sources(size_t layer, size_t entry, ExpertMatrix matrix) const;
   void account();
-  void estimate_peak(const Statistics& statistics);
+  void estimate_peak();
 
   const CompressJob& job_;
   Checkpoint input_;
   OlmoeConfig config_;
   ExpertSource experts_;
+  Statistics statistics_;  // computed tensors may read it
   StreamedTensors tensors_;
   // A and B of one matrix are written one after the other: the last pair is kept.
   mutable std::string last_site_;
@@ -61,19 +62,19 @@ void Compression::choose() {
   const ModelSize size = model_size(config_);
   record = {.version = version(), .method = method.name, .options = job_.options, .model = model_fingerprint(input_)};
   record.budget = method.compresses ? describe(job_.options.budget) : "none";
-  Statistics statistics = uniform_statistics(size.layers, size.slots, config_.hidden_size);
+  statistics_ = uniform_statistics(size.layers, size.slots, config_.hidden_size);
   record.statistics = "uniform";
   if (method.compresses && !job_.statistics.empty()) {
-    statistics = load_statistics(job_.statistics);
-    check_statistics(statistics, record.model, size.layers, size.slots, config_.hidden_size, job_.statistics.string());
+    statistics_ = load_statistics(job_.statistics);
+    check_statistics(statistics_, record.model, size.layers, size.slots, config_.hidden_size, job_.statistics.string());
     record.statistics = hash_file(job_.statistics);
   } else if (method.needs != Needs::kNothing && job_.say) {
     job_.say("no statistics given: every expert counts the same (lightmoe calibrate measures them)");
   }
-  check_needs(method, statistics);
+  check_needs(method, statistics_);
   const DType source = experts_.place(0, 0, ExpertMatrix::kGate).dtype;
   const MethodInput input{.config = config_,
-                          .statistics = statistics,
+                          .statistics = statistics_,
                           .options = job_.options,
                           .bytes_per_parameter = static_cast<double>(size_of(tensors_.output_dtype(source))),
                           .experts = &experts_};
@@ -83,7 +84,7 @@ void Compression::choose() {
   record.stored_parameters = stored_parameters(record.plan.shapes(), size);
   record.trainable_parameters = trainable_parameters(method, input, record.plan);
   record.original_bytes = input_.total_bytes();
-  estimate_peak(statistics);
+  estimate_peak();
 }
 
 void Compression::list_tensors() {
@@ -109,9 +110,13 @@ void Compression::list_tensors() {
       }
     }
   }
+  const DType source = experts_.place(0, 0, ExpertMatrix::kGate).dtype;
   for (const ParameterInfo& info : list) {
     const auto found = made.find(info.name);
-    if (found != made.end())
+    const auto computed = record.plan.computed.find(info.name);
+    if (computed != record.plan.computed.end())
+      tensors_.add_computed(info.name, info.shape, source, computed->second);
+    else if (found != made.end())
       found->second(info);
     else
       tensors_.add_copy(info.name, info.shape, place_of(input_, info.name, info.shape));
@@ -123,7 +128,8 @@ std::vector<WeightedMatrix> Compression::sources(size_t layer, size_t entry, Exp
   const BankEntry& made = record.plan.layers[layer].bank[entry];
   std::vector<WeightedMatrix> out;
   for (size_t i = 0; i < made.experts.size(); ++i) {
-    out.push_back({experts_.place(static_cast<int64_t>(layer), made.experts[i], matrix), made.weights[i]});
+    const int64_t from = made.layer >= 0 ? made.layer : static_cast<int64_t>(layer);
+    out.push_back({experts_.place(from, made.experts[i], matrix), made.weights[i]});
   }
   return out;
 }
@@ -175,11 +181,21 @@ void Compression::account() {
     const auto layer = static_cast<int64_t>(l);
     const std::vector<std::string> names = experts_.tensors_of(layer);
     experts.insert(names.begin(), names.end());
-    for (const BankEntry& entry : record.plan.layers[l].bank) {
+    for (size_t j = 0; j < record.plan.layers[l].bank.size(); ++j) {
+      const BankEntry& entry = record.plan.layers[l].bank[j];
+      const int64_t from = entry.layer >= 0 ? entry.layer : layer;
       for (const int32_t e : entry.experts) {
         for (const ExpertMatrix m : kExpertMatrices) {
-          (entry.is_copy() ? copied : changed).insert(experts_.place(layer, e, m).info->name);
+          const bool computed = record.plan.computed.contains(bank_tensor_name(layer, static_cast<int64_t>(j), m));
+          (entry.is_copy() && !computed ? copied : changed).insert(experts_.place(from, e, m).info->name);
         }
+      }
+    }
+    // What latents are made of went into them.
+    for (size_t s = 0; s < record.plan.layers[l].shape.slots.size(); ++s) {
+      if (record.plan.layers[l].shape.slots[s].kind != SlotKind::kLatent) continue;
+      for (const ExpertMatrix m : kExpertMatrices) {
+        changed.insert(experts_.place(layer, static_cast<int64_t>(s), m).info->name);
       }
     }
   }
@@ -196,14 +212,15 @@ void Compression::account() {
   }
 }
 
-void Compression::estimate_peak(const Statistics& statistics) {
+void Compression::estimate_peak() {
   constexpr int64_t kProgram = int64_t{48} << 20, kPerTensor = 2 << 10;
   int64_t in_statistics = 0;
-  if (!statistics.uniform) in_statistics = 2 * static_cast<int64_t>(std::filesystem::file_size(job_.statistics));
+  if (!statistics_.uniform) in_statistics = 2 * static_cast<int64_t>(std::filesystem::file_size(job_.statistics));
   const int64_t matrix = config_.hidden_size * config_.intermediate_size;
   const int64_t adapters = record.rank * (config_.hidden_size + config_.intermediate_size) * 4;
   const bool svd = job_.options.adapter_init == AdapterInit::kSvd && !record.plan.is_plain();
-  peak_bytes = kProgram + kPerTensor * static_cast<int64_t>(input_.names().size()) + in_statistics +
+  const int64_t computed = record.plan.computed.empty() ? 0 : 16 * 3 * matrix * 8;  // a few experts in f64
+  peak_bytes = computed + kProgram + kPerTensor * static_cast<int64_t>(input_.names().size()) + in_statistics +
                StreamedTensors::working_bytes() + 2 * adapters + (svd ? matrix * (4 + 8 + 8 + 8) : 0);
 }
 
@@ -222,7 +239,8 @@ OlmoeConfig Compression::output_config() const {
 }  // namespace
 
 CompressEstimate estimate_compression(const CompressJob& job) {
-  const Compression compression(job);
+  Compression compression(job);
+  compression.record.plan.computed.clear();  // they refer to what goes out of scope here
   return {.record = compression.record, .peak_bytes = compression.peak_bytes};
 }
 
@@ -241,6 +259,7 @@ CompressionRecord compress_model(const CompressJob& job) {
   copy_side_files(job.model, output.path());
   write_file_atomically(output.path() / kRecordFile, record_to_json(record, nullptr));
   output.commit();
+  record.plan.computed.clear();  // they refer to what goes out of scope here
   return record;
 }
 

@@ -79,24 +79,66 @@ class Densifier {
     const LayerShape& shape = shapes_[static_cast<size_t>(layer)];
     const int32_t slot = live_[static_cast<size_t>(layer)][static_cast<size_t>(expert)];
     const Slot& entry = shape.slots[static_cast<size_t>(slot)];
-    check(entry.kind == SlotKind::kExpert, ErrorKind::kInput,
-          "layer {}, slot {}: not of kind expert; a stock model cannot express it", layer, slot);
+    check(entry.kind != SlotKind::kConstant, ErrorKind::kInput,
+          "layer {}, slot {}: a constant; a stock expert is zero at x = 0 and cannot express it", layer, slot);
     const std::string name = expert_tensor_name(layer, expert, matrix);
     const std::vector<int64_t> dims = expert_matrix_shape(config_, matrix);
+    if (entry.kind == SlotKind::kLatent) return add_latent(name, layer, shape, entry, matrix);
     const bool zero = shape.zero_expert[static_cast<size_t>(entry.expert)] != 0;
     std::optional<MatrixPlace> bank;
-    if (!zero) bank = place_of(input_, bank_tensor_name(layer, entry.expert, matrix), dims);
+    if (!zero) bank = place_of(input_, stored_name(layer, entry.expert, matrix), dims);
     if (entry.adapter < 0) {
       if (bank) return tensors_.add_copy(name, dims, *bank);
       const DType dtype = place_of(input_, "model.norm.weight", {config_.hidden_size}).dtype;
       return tensors_.add_computed(name, dims, dtype, [dims] { return Tensor::zeros(Shape(dims), DType::kF32); });
     }
-    const int64_t rank = shape.adapter_rank[static_cast<size_t>(entry.adapter)];
-    const MatrixPlace a = place_of(input_, adapter_tensor_name(layer, entry.adapter, matrix, false), {rank, dims[1]});
-    const MatrixPlace b = place_of(input_, adapter_tensor_name(layer, entry.adapter, matrix, true), {dims[0], rank});
-    tensors_.add_computed(name, dims, a.dtype, [bank, a, b, dims] {
+    const Product adapter = adapter_of(layer, shape, entry, matrix);
+    tensors_.add_computed(name, dims, adapter.a.dtype, [bank, adapter, dims] {
       const Tensor w = bank ? bank->read(DType::kF32) : Tensor::zeros(Shape(dims), DType::kF32);
+      adapter.add_to(w);
+      return w;
+    });
+  }
+
+  struct Product {
+    MatrixPlace b, a;  // w += b a
+    void add_to(const Tensor& w) const {
       run(Gemm{.a = b.read(DType::kF32), .b = a.read(DType::kF32), .c = w, .beta = 1});
+    }
+  };
+  Product adapter_of(int64_t layer, const LayerShape& shape, const Slot& slot, ExpertMatrix matrix) const {
+    const int64_t rank = shape.adapter_rank[static_cast<size_t>(slot.adapter)];
+    const std::vector<int64_t> dims = expert_matrix_shape(config_, matrix);
+    return {.b = place_of(input_, adapter_tensor_name(layer, slot.adapter, matrix, true), {dims[0], rank}),
+            .a = place_of(input_, adapter_tensor_name(layer, slot.adapter, matrix, false), {rank, dims[1]})};
+  }
+  // Where a bank entry is stored: here or by a lower layer.
+  std::string stored_name(int64_t layer, int64_t entry, ExpertMatrix matrix) const {
+    const LayerShape& shape = shapes_[static_cast<size_t>(layer)];
+    if (!shape.borrowed.empty()) {
+      const BankRef& from = shape.borrowed[static_cast<size_t>(entry)];
+      if (from.layer >= 0) return bank_tensor_name(from.layer, from.entry, matrix);
+    }
+    return bank_tensor_name(layer, entry, matrix);
+  }
+
+  void add_latent(const std::string& name, int64_t layer, const LayerShape& shape, const Slot& slot,
+                  ExpertMatrix matrix) {
+    const std::vector<int64_t> dims = expert_matrix_shape(config_, matrix);
+    const bool down = matrix == ExpertMatrix::kDown;
+    const int64_t m = shape.latent_size;
+    const std::vector<int64_t> own = down ? dims : std::vector<int64_t>{dims[0], m};
+    const MatrixPlace factor = place_of(input_, latent_tensor_name(layer, slot.latent, matrix), own);
+    std::vector<Product> products;
+    if (!down) {
+      const int32_t projection = shape.latent_projection[static_cast<size_t>(slot.latent)];
+      products.push_back({factor, place_of(input_, projection_tensor_name(layer, projection, matrix), {m, dims[1]})});
+    }
+    if (slot.adapter >= 0) products.push_back(adapter_of(layer, shape, slot, matrix));
+    if (products.empty()) return tensors_.add_copy(name, dims, factor);
+    tensors_.add_computed(name, dims, factor.dtype, [factor, products, dims, down] {
+      const Tensor w = down ? factor.read(DType::kF32) : Tensor::zeros(Shape(dims), DType::kF32);
+      for (const Product& product : products) product.add_to(w);
       return w;
     });
   }

@@ -2,7 +2,8 @@
 // export: a compressed directory as a stock OlmoeForCausalLM one that any Hugging Face reader loads: every slot that is not removed
 // gets an expert of its own, W_bank + B A (computed in f32, rounded once). The function is the same. Tensor by tensor, like compress.
 //   removed slots, the same number in every layer    a smaller stock model: num_experts and the routers' rows shrink
-//   shared experts, adapters                         written out: nothing is smaller any more
+//   shared experts, adapters, latents                written out: nothing is smaller any more
+//   constants                                        Error(kInput): no SwiGLU expert without biases is constant
 //   removed slots, numbers that differ by layer      Error(kInput): a stock model has one num_experts
 
 #include <filesystem>

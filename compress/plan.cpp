@@ -1,6 +1,8 @@
 #include "compress/plan.h"
 
 #include <algorithm>
+#include <memory>
+#include <optional>
 
 #include "compress/selection.h"
 
@@ -88,7 +90,8 @@ LayerPlan table_plan(int64_t num_slots, std::vector<PlannedExpert> experts) {
     const auto entry = static_cast<int32_t>(plan.bank.size());
     for (const int32_t slot : expert.slots) {
       plan.shape.slots[static_cast<size_t>(slot)] = {.kind = SlotKind::kExpert, .expert = entry};
-      is_own[static_cast<size_t>(slot)] = expert.made_of.is_copy() && expert.made_of.experts[0] == slot;
+      is_own[static_cast<size_t>(slot)] =
+          expert.made_of.is_copy() && expert.made_of.layer < 0 && expert.made_of.experts[0] == slot;
     }
     if (expert.slots.size() > 1 || !expert.made_of.is_copy()) plan.bases.push_back(entry);
     plan.bank.push_back(expert.made_of);
@@ -105,7 +108,12 @@ std::vector<LayerShape> with_adapters(std::vector<LayerShape> shapes, int64_t ra
   for (LayerShape& shape : shapes) {
     std::vector<int32_t> of_expert(shape.zero_expert.size(), -1);
     for (Slot& slot : shape.slots) {
-      if (slot.adapter >= 0 || slot.kind != SlotKind::kExpert) continue;
+      if (slot.adapter >= 0) continue;
+      if (slot.kind == SlotKind::kLatent) {
+        slot.adapter = static_cast<int32_t>(shape.adapter_rank.size());
+        shape.adapter_rank.push_back(rank);
+      }
+      if (slot.kind != SlotKind::kExpert) continue;
       int32_t& adapter = of_expert[static_cast<size_t>(slot.expert)];
       if (adapter < 0) {
         adapter = static_cast<int32_t>(shape.adapter_rank.size());
@@ -117,12 +125,79 @@ std::vector<LayerShape> with_adapters(std::vector<LayerShape> shapes, int64_t ra
   return shapes;
 }
 
+std::vector<std::vector<uint8_t>> mergeable_adapters(const std::vector<LayerShape>& shapes, const Plan& plan) {
+  std::vector<std::vector<uint8_t>> foreign;  // entries that more than one layer has
+  for (const LayerShape& shape : shapes) foreign.emplace_back(shape.zero_expert);
+  for (size_t l = 0; l < shapes.size(); ++l) {
+    for (size_t j = 0; j < shapes[l].borrowed.size(); ++j) {
+      const BankRef& from = shapes[l].borrowed[j];
+      if (from.layer < 0) continue;
+      foreign[l][j] = foreign[static_cast<size_t>(from.layer)][static_cast<size_t>(from.entry)] = 1;
+    }
+  }
+  std::vector<std::vector<uint8_t>> mergeable;
+  for (size_t l = 0; l < shapes.size(); ++l) {
+    const LayerShape& shape = shapes[l];
+    std::vector<uint8_t>& can = mergeable.emplace_back(shape.adapter_rank.size(), uint8_t{1});
+    std::vector<int32_t> adapter_of(shape.zero_expert.size(), -2);
+    const auto keep = [&](int32_t adapter) {
+      if (adapter >= 0) can[static_cast<size_t>(adapter)] = 0;
+    };
+    for (const Slot& slot : shape.slots) {
+      if (slot.kind != SlotKind::kExpert) {
+        keep(slot.adapter);
+        continue;
+      }
+      int32_t& first = adapter_of[static_cast<size_t>(slot.expert)];
+      if (first == -2) first = slot.adapter;
+      if (first != slot.adapter) keep(first), keep(slot.adapter);
+      if (foreign[l][static_cast<size_t>(slot.expert)]) keep(slot.adapter);
+    }
+    for (const int32_t slot : plan.layers[l].adapter_slot) keep(shape.slots[static_cast<size_t>(slot)].adapter);
+  }
+  return mergeable;
+}
+
+std::vector<LayerShape> merged_shapes(const Plan& plan, int64_t rank) {
+  std::vector<LayerShape> shapes = with_adapters(plan.shapes(), rank);
+  const std::vector<std::vector<uint8_t>> mergeable = mergeable_adapters(shapes, plan);
+  for (size_t l = 0; l < shapes.size(); ++l) {
+    std::vector<int64_t> kept;
+    std::vector<int32_t> new_index;
+    for (size_t a = 0; a < mergeable[l].size(); ++a) {
+      new_index.push_back(mergeable[l][a] ? -1 : static_cast<int32_t>(kept.size()));
+      if (!mergeable[l][a]) kept.push_back(shapes[l].adapter_rank[a]);
+    }
+    for (Slot& slot : shapes[l].slots) {
+      if (slot.adapter >= 0) slot.adapter = new_index[static_cast<size_t>(slot.adapter)];
+    }
+    shapes[l].adapter_rank = kept;
+  }
+  return shapes;
+}
+
+void compute_expert(Plan& plan, int64_t layer, int64_t entry, std::function<ExpertMatrices()> make) {
+  const auto made = std::make_shared<std::optional<ExpertMatrices>>();
+  const auto shared_make = std::make_shared<std::function<ExpertMatrices()>>(std::move(make));
+  for (const ExpertMatrix matrix : kExpertMatrices) {
+    plan.computed[bank_tensor_name(layer, entry, matrix)] = [made, shared_make, matrix] {
+      if (!made->has_value()) *made = (*shared_make)();
+      const ExpertMatrices& all = **made;
+      const Tensor result = matrix == ExpertMatrix::kGate ? all.gate : matrix == ExpertMatrix::kUp ? all.up : all.down;
+      if (matrix == ExpertMatrix::kDown) made->reset();  // written last
+      return result;
+    };
+  }
+}
+
 Json to_json(const Plan& plan) {
   Json layers = Json::array();
   for (const LayerPlan& layer : plan.layers) {
     Json bank = Json::array();
-    for (const BankEntry& entry : layer.bank)
+    for (const BankEntry& entry : layer.bank) {
       bank.push_back(Json{{"experts", entry.experts}, {"weights", entry.weights}});
+      if (entry.layer >= 0) bank.back()["layer"] = entry.layer;
+    }
     layers.push_back(Json{{"threshold", layer.threshold},
                           {"replaced", layer.replaced},
                           {"bases", layer.bases},
@@ -151,7 +226,7 @@ double number(const Json& object, const char* key, const std::string& where) {
   return object[key].get<double>();
 }
 
-LayerPlan layer_from_json(const Json& object, const LayerShape& shape, const std::string& where) {
+LayerPlan layer_from_json(const Json& object, const LayerShape& shape, int64_t layers, const std::string& where) {
   const auto slots = static_cast<int64_t>(shape.slots.size()), entries = static_cast<int64_t>(shape.zero_expert.size());
   LayerPlan layer{.shape = shape};
   layer.replaced = indices(object, "replaced", slots, where);
@@ -163,6 +238,11 @@ LayerPlan layer_from_json(const Json& object, const LayerShape& shape, const std
   for (const Json& entry : object["bank"]) {
     BankEntry& made = layer.bank.emplace_back();
     made.experts = indices(entry, "experts", slots, where);
+    if (entry.contains("layer")) {
+      check(entry["layer"].is_number_integer() && entry["layer"] >= 0 && entry["layer"] < layers, ErrorKind::kInput,
+            "{}: layer holds {}, expected 0 to {}", where, entry["layer"].dump(), layers - 1);
+      made.layer = entry["layer"].get<int32_t>();
+    }
     check(entry.contains("weights") && entry["weights"].is_array() && entry["weights"].size() == made.experts.size(),
           ErrorKind::kInput, "{}: \"weights\" does not match \"experts\"", where);
     for (const Json& weight : entry["weights"]) {
@@ -184,7 +264,8 @@ Plan plan_from_json(const Json& object, const std::vector<LayerShape>& shapes, c
         ErrorKind::kInput, "{}: \"plan\" does not have the {} layers of config.json", name, shapes.size());
   Plan plan{.base_threshold = number(object, "base_threshold", name)};
   for (size_t l = 0; l < shapes.size(); ++l) {
-    plan.layers.push_back(layer_from_json(object["layers"][l], shapes[l], fmt::format("{}: plan.layers[{}]", name, l)));
+    plan.layers.push_back(layer_from_json(object["layers"][l], shapes[l], static_cast<int64_t>(shapes.size()),
+                                          fmt::format("{}: plan.layers[{}]", name, l)));
   }
   return plan;
 }

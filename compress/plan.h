@@ -4,6 +4,9 @@
 // report all read the same plan, and it is what compression.json records.
 
 #include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "compress/budget.h"
@@ -16,6 +19,7 @@ namespace lightmoe {
 struct BankEntry {
   std::vector<int32_t> experts;
   std::vector<double> weights;
+  int32_t layer = -1;  // whose experts; -1 = the layer's own
   bool is_copy() const { return experts.size() == 1 && weights[0] == 1; }
   bool is_zero() const { return experts.empty(); }
 };
@@ -29,9 +33,15 @@ struct LayerPlan {
   double threshold = 0;               // p_j, where the method has one
 };
 
+// Makes one tensor, whole, when its turn comes.
+using MakeTensor = std::function<Tensor()>;
+
 struct Plan {
   std::vector<LayerPlan> layers;
   double base_threshold = 0;
+  // Tensors that are not what bank and adapter_slot say: constants, latents, refitted experts, given factors; by stored name.
+  // Not part of the text; entries of the bank still name the experts they are made of.
+  std::map<std::string, MakeTensor> computed;
   bool is_plain() const;  // nothing changed: a stock model
   std::vector<LayerShape> shapes() const;
   int64_t replaced() const;  // slots in all layers
@@ -55,8 +65,19 @@ struct PlannedExpert {
 LayerPlan table_plan(int64_t num_slots, std::vector<PlannedExpert> experts);
 
 // The shapes in training: an adapter of `rank` for every stored expert on its slots that have none (they share it, so that it can
-// be merged into the expert afterwards); rank 0 changes nothing.
+// be merged into the expert afterwards) and for every latent slot; rank 0 changes nothing.
 std::vector<LayerShape> with_adapters(std::vector<LayerShape> shapes, int64_t rank);
+// Per adapter of such a shape, whether it can become part of its expert afterwards: all slots of the expert have it and no other
+// layer has the expert. `planned` slots keep theirs.
+std::vector<std::vector<uint8_t>> mergeable_adapters(const std::vector<LayerShape>& shapes, const Plan& plan);
+// The shapes after recovery, mergeable adapters gone.
+std::vector<LayerShape> merged_shapes(const Plan& plan, int64_t rank);
+
+// The three matrices of a stored expert as they are computed; kept from the first to the last of them.
+struct ExpertMatrices {
+  Tensor gate, up, down;
+};
+void compute_expert(Plan& plan, int64_t layer, int64_t entry, std::function<ExpertMatrices()> make);
 
 Json to_json(const Plan& plan);
 // Error(kInput) starting with `name`. Shapes are not part of the text: they stand in config.json.

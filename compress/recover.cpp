@@ -66,37 +66,19 @@ ParameterPtr frozen_copy(const std::string& name, const Tensor& value) {
 void mark_trainable(const Olmoe& model, const CompressionRecord& record) {
   const Trainable what = find_method(record.method).trainable;
   for (const ParameterPtr& p : model.parameters()) p->trainable = what == Trainable::kEverything;
-  if (what != Trainable::kAdapters && what != Trainable::kBasesAndAdapters) return;
+  const bool adapters = what == Trainable::kAdapters || what == Trainable::kBasesAndAdapters;
+  const bool bases = what == Trainable::kBases || what == Trainable::kBasesAndAdapters;
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     const MoeLayer& moe = model.blocks[l].moe;
     for (const Adapter& a : moe.adapters) {
-      for (const ParameterPtr& p : {a.a_gate_up, a.b_gate, a.b_up, a.a_down, a.b_down}) p->trainable = true;
+      for (const ParameterPtr& p : {a.a_gate_up, a.b_gate, a.b_up, a.a_down, a.b_down}) p->trainable |= adapters;
     }
-    if (what != Trainable::kBasesAndAdapters) continue;
+    if (!bases) continue;
     for (const int32_t base : record.plan.layers[l].bases) {
       moe.experts[static_cast<size_t>(base)].gate_up->trainable = true;
       moe.experts[static_cast<size_t>(base)].down->trainable = true;
     }
   }
-}
-
-// Per adapter, whether it is the only one beside its expert and not one of the plan's: then it can become part of the expert.
-std::vector<uint8_t> mergeable_adapters(const MoeLayer& moe, const std::vector<int32_t>& planned_slots) {
-  std::vector<uint8_t> mergeable(moe.adapters.size(), 1);
-  std::vector<int32_t> adapter_of(moe.experts.size(), -1);
-  for (const Slot& slot : moe.slots) {
-    if (slot.kind != SlotKind::kExpert) continue;
-    int32_t& first = adapter_of[static_cast<size_t>(slot.expert)];
-    if (first < 0) first = slot.adapter;
-    if (first == slot.adapter) continue;
-    for (const int32_t a : {first, slot.adapter}) {
-      if (a >= 0) mergeable[static_cast<size_t>(a)] = 0;
-    }
-  }
-  for (const int32_t slot : planned_slots) {
-    mergeable[static_cast<size_t>(moe.slots[static_cast<size_t>(slot)].adapter)] = 0;
-  }
-  return mergeable;
 }
 
 }  // namespace
@@ -273,9 +255,10 @@ void Recovery::finish() {
   finished_ = true;
   set_beta(0);
   if (!options_.merge) return;
+  const std::vector<std::vector<uint8_t>> all_mergeable = mergeable_adapters(shapes_of(*model_), record_.plan);
   for (size_t l = 0; l < model_->blocks.size(); ++l) {
     MoeLayer& moe = model_->blocks[l].moe;
-    const std::vector<uint8_t> mergeable = mergeable_adapters(moe, record_.plan.layers[l].adapter_slot);
+    const std::vector<uint8_t>& mergeable = all_mergeable[l];
     std::vector<int32_t> new_index(moe.adapters.size(), -2);  // -1: merged
     std::vector<Adapter> kept;
     for (Slot& slot : moe.slots) {
@@ -300,10 +283,11 @@ void Recovery::finish() {
 void Recovery::save(const std::filesystem::path& directory, DType dtype, const Json& result) const {
   CompressionRecord record = record_;
   const ModelSize size = model_size(model_->config);
+  const std::vector<LayerShape> shapes = shapes_of(*model_);
   for (size_t l = 0; l < model_->blocks.size(); ++l) {
     const MoeLayer& moe = model_->blocks[l].moe;
     LayerPlan& plan = record.plan.layers[l];
-    plan.shape = shape_of(moe);
+    plan.shape = shapes[l];
     plan.adapter_slot.assign(moe.adapters.size(), -1);
     for (size_t s = 0; s < moe.slots.size(); ++s) {
       if (moe.slots[s].adapter < 0) continue;
@@ -336,7 +320,8 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   const bool svd = record.options.adapter_init == AdapterInit::kSvd;
   const auto bytes = static_cast<int64_t>(size_of(svd ? DType::kF32 : options.dtype));
   if (annealing.eps > 0) estimate.original_bytes = record.plan.fading() * size.expert * bytes;
-  estimate.stored_parameters = stored_parameters(options.merge ? record.plan.shapes() : shapes, size);
+  estimate.stored_parameters =
+      stored_parameters(options.merge ? merged_shapes(record.plan, record.rank) : shapes, size);
   estimate.stored_bytes = estimate.stored_parameters * static_cast<int64_t>(size_of(saved_dtype));
   return estimate;
 }

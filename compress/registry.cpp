@@ -33,13 +33,18 @@ const char* name_of(Needs needs) {
       return "mean outputs over all tokens";
     case Needs::kInputs:
       return "a sample of inputs";
+    case Needs::kBoth:
+      return "mean outputs, inputs";
   }
   return "?";
 }
 
 void check_needs(const Method& method, const Statistics& statistics) {
   const LayerStatistics& layer = statistics.layers.front();
-  check(method.needs != Needs::kAllOutputs || !layer.all_output.empty(), ErrorKind::kUsage,
+  check(!needs_inputs(method.needs) || !layer.sample_inputs.empty(), ErrorKind::kUsage,
+        "{} needs {}: give --stats with a file of `lightmoe calibrate --sample-inputs`", method.name,
+        name_of(method.needs));
+  check(!needs_all_outputs(method.needs) || !layer.all_output.empty(), ErrorKind::kUsage,
         "{} needs {}: give --stats with a file of `lightmoe calibrate --all-outputs`", method.name,
         name_of(method.needs));
 }
@@ -86,9 +91,11 @@ int64_t recovery_rank(const Method& method, const MethodInput& input, const Plan
   if (options.method_rank > 0) return options.method_rank;
   const ModelSize size = model_size(input.config);
   const auto all = static_cast<double>(lightmoe_trainable(size, options.bases, options.rank));
-  int64_t rank_one = 0;
-  for (const LayerShape& shape : with_adapters(plan.shapes(), 1)) rank_one += adapter_parameters(shape, size);
-  return std::max<int64_t>(1, std::llround(all / static_cast<double>(std::max<int64_t>(1, rank_one))));
+  int64_t planned = 0, unit = 0;  // adapters the plan has; those that recovery adds, at rank 1
+  for (const LayerShape& shape : plan.shapes()) planned += adapter_parameters(shape, size);
+  for (const LayerShape& shape : with_adapters(plan.shapes(), 1)) unit += adapter_parameters(shape, size);
+  unit = std::max<int64_t>(1, unit - planned);
+  return std::max<int64_t>(1, std::llround((all - static_cast<double>(planned)) / static_cast<double>(unit)));
 }
 
 int64_t trainable_parameters(const Method& method, const MethodInput& input, const Plan& plan) {
@@ -99,7 +106,8 @@ int64_t trainable_parameters(const Method& method, const MethodInput& input, con
   for (const LayerShape& shape : with_adapters(plan.shapes(), recovery_rank(method, input, plan))) {
     sum += adapter_parameters(shape, size);
   }
-  if (method.trainable == Trainable::kBasesAndAdapters) {
+  if (method.trainable == Trainable::kBases) sum = 0;
+  if (method.trainable == Trainable::kBasesAndAdapters || method.trainable == Trainable::kBases) {
     for (const LayerPlan& layer : plan.layers) sum += static_cast<int64_t>(layer.bases.size()) * size.expert;
   }
   return sum;

@@ -39,12 +39,15 @@ struct MethodInput {
   const MethodOptions& options;
   double bytes_per_parameter = 2;         // as written, for a budget in GiB
   const ExpertSource* experts = nullptr;  // original weights, read on demand; null in pure arithmetic
+  // In pure arithmetic (a recipe is described) nothing is there but the config and uniform statistics: a plan's sizes must be right,
+  // its choices need not be. What all this refers to lives as long as the plan's computed tensors may be asked for.
 };
 
 enum class Trainable : uint8_t {
   kNothing,
   kEverything,
   kAdapters,          // those of the replaced slots, and new ones on every other slot
+  kBases,             // bases in full rank alone
   kBasesAndAdapters,  // bases in full rank as well
 };
 
@@ -54,7 +57,10 @@ enum class Needs : uint8_t {
   kSums,        // what every calibration collects
   kAllOutputs,  // calibrate --all-outputs
   kInputs,      // calibrate --sample-inputs
+  kBoth,        // both of them
 };
+inline bool needs_all_outputs(Needs n) { return n == Needs::kAllOutputs || n == Needs::kBoth; }
+inline bool needs_inputs(Needs n) { return n == Needs::kInputs || n == Needs::kBoth; }
 
 struct Method {
   std::string name, summary;

@@ -124,6 +124,11 @@ const TaskData& Stages::data(size_t index) {
   return data_;
 }
 
+bool Stages::needs(bool (*what)(Needs)) const {
+  return std::any_of(recipe_.methods.begin(), recipe_.methods.end(),
+                     [what](const RecipeMethod& m) { return what(find_method(m.method).needs); });
+}
+
 std::string Stages::statistics_key(size_t task) {
   const CalibrateOptions& c = recipe_.calibrate;
   return key_of({{"stage", "calibrate"},
@@ -132,6 +137,7 @@ std::string Stages::statistics_key(size_t task) {
                  {"tokens", c.tokens},
                  {"length", c.length},
                  {"sample", {c.sample_tokens, c.sample_length}},
+                 {"needs", {needs(&needs_all_outputs), needs(&needs_inputs)}},
                  {"seed", c.seed}});
 }
 
@@ -143,6 +149,7 @@ void Stages::calibrate(size_t t) {
   if (original_ == nullptr) original_ = load_model(recipe_.model, source_dtype());
   CalibrateOptions options = recipe_.calibrate;
   options.length = std::min(options.length, config_.max_position_embeddings);
+  options.all_outputs = needs(&needs_all_outputs), options.sample_inputs = needs(&needs_inputs);
   const CalibrationSet set = calibration_set(data(t).train, options);
   const Statistics statistics = lightmoe::calibrate(*original_, set, fingerprint_, options);
   save_statistics(statistics, file);

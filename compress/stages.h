@@ -35,6 +35,7 @@ class Stages {
   const TaskData& data(size_t task);
   Path task_directory(size_t task) const { return Path(recipe_.output) / recipe_.tasks[task].name; }
   std::string statistics_key(size_t task);
+  bool needs(bool (*what)(Needs)) const;  // whether some method of the recipe does
   // Each returns its key.
   std::string compress(const RunPlan& plan, const Path& directory);
   std::string recover(const RunPlan& plan, const Path& directory, const std::string& compress_key);  // "" when stopped

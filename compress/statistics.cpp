@@ -18,6 +18,7 @@ Statistics empty_statistics(int64_t num_layers, int64_t num_slots, int64_t hidde
       sums->assign(slots, 0.0);
     }
     l.routed_output.assign(wide, 0.0);
+    l.routed_output2.assign(wide, 0.0);
     if (all_outputs) l.all_output.assign(wide, 0.0);
   }
   return s;
@@ -50,8 +51,13 @@ void add(LayerStatistics& to, const LayerStatistics& from) {
   add(to.output_norm2, from.output_norm2);
   add(to.gate_output_norm2, from.gate_output_norm2);
   add(to.routed_output, from.routed_output);
+  add(to.routed_output2, from.routed_output2);
   add(to.all_output, from.all_output);
   to.logit_norm += from.logit_norm;
+  const bool inputs = (from.sample_inputs.empty() == from.sample_logits.empty()) &&
+                      (to.sample_inputs.empty() == to.sample_logits.empty());  // both parts have them
+  if (!inputs) to.sample_inputs.clear();
+  if (inputs) to.sample_inputs.insert(to.sample_inputs.end(), from.sample_inputs.begin(), from.sample_inputs.end());
   to.sample_logits.insert(to.sample_logits.end(), from.sample_logits.begin(), from.sample_logits.end());
 }
 

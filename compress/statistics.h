@@ -2,8 +2,8 @@
 // What one pass over task data says about the experts: the file that `calibrate` writes and every method reads.
 // Sums run in f64 in the order of the tokens, so that the file depends on the data and the model alone.
 // g_i(x) is the gate of slot i where the router chose it, else 0 (no renormalisation beyond the model's own); f_i(x) its output.
-// On disk: one safetensors file, tensors named as the members below with layers stacked ([L,E], [L], [L,E,D]), all f64 but the
-// sample; metadata: format, model (fingerprint), data (hash), tokens, version.
+// On disk: one safetensors file, tensors named as the members below with layers stacked ([L,E], [L], [L,E,D], [L,N,E], [L,N,D]), all
+// f64 but the sample; those that were not collected are absent; metadata: format, model (fingerprint), data (hash), tokens, version.
 
 #include <cstdint>
 #include <filesystem>
@@ -22,9 +22,11 @@ struct LayerStatistics {
   std::vector<double> output_norm2;       // [E] sum ||f||^2
   std::vector<double> gate_output_norm2;  // [E] sum g ||f||^2
   std::vector<double> routed_output;      // [E*D] sum f over routed tokens
+  std::vector<double> routed_output2;     // [E*D] sum f^2, element by element, over routed tokens; empty in old files
   std::vector<double> all_output;         // [E*D] sum f over all tokens, empty unless asked for
   double logit_norm = 0;                  // sum over tokens of ||router logits||_2
   std::vector<float> sample_logits;       // [N*E] router logits of the token sample
+  std::vector<float> sample_inputs;       // [N*D] what the MoE block saw for the same tokens, empty unless asked for
 };
 
 struct Statistics {

@@ -15,7 +15,8 @@ constexpr const char* kFormat = "statistics-1";
 struct Field {
   const char* name;
   std::vector<double> LayerStatistics::*values;
-  bool wide;  // [E*D] instead of [E]
+  bool wide;              // [E*D] instead of [E]
+  bool optional = false;  // may be absent
 };
 constexpr Field kFields[] = {
     {"count", &LayerStatistics::count, false},
@@ -25,7 +26,8 @@ constexpr Field kFields[] = {
     {"output_norm2", &LayerStatistics::output_norm2, false},
     {"gate_output_norm2", &LayerStatistics::gate_output_norm2, false},
     {"routed_output", &LayerStatistics::routed_output, true},
-    {"all_output", &LayerStatistics::all_output, true},
+    {"routed_output2", &LayerStatistics::routed_output2, true, true},
+    {"all_output", &LayerStatistics::all_output, true, true},
 };
 
 Shape stacked_shape(const Statistics& s, bool wide) {
@@ -82,6 +84,12 @@ void check_finite(const std::vector<T>& values, bool non_negative, const Safeten
   }
 }
 
+// [L,N,D] as a matrix [L*N,D], to read one layer at a time.
+TensorInfo stacked_rows(TensorInfo info) {
+  info.shape = {info.shape[0] * info.shape[1], info.shape[2]};
+  return info;
+}
+
 void read_sample(const SafetensorsFile& file, Statistics& s) {
   const TensorInfo* info = file.find("sample_sequence");
   if (info == nullptr) return;
@@ -96,6 +104,15 @@ void read_sample(const SafetensorsFile& file, Statistics& s) {
   for (size_t l = 0; l < s.layers.size(); ++l) {
     s.layers[l].sample_logits = part<float>(logits, static_cast<int64_t>(l));
     check_finite(s.layers[l].sample_logits, false, file, "sample_logits", l);
+  }
+  if (file.find("sample_inputs") == nullptr) return;
+  check_shape(file, "sample_inputs", {s.num_layers, n, s.hidden});
+  for (size_t l = 0; l < s.layers.size(); ++l) {
+    std::vector<float>& inputs = s.layers[l].sample_inputs;
+    inputs.resize(static_cast<size_t>(n * s.hidden));
+    const TensorInfo flat = stacked_rows(*file.find("sample_inputs"));
+    file.read_rows(flat, static_cast<int64_t>(l) * n, Tensor::borrow(inputs.data(), {n, s.hidden}, DType::kF32));
+    check_finite(inputs, false, file, "sample_inputs", l);
   }
 }
 
@@ -115,6 +132,9 @@ void save_statistics(const Statistics& s, const std::filesystem::path& file) {
     tensors.emplace_back("sample_sequence", Tensor::from(s.sample_sequence, {n}));
     tensors.emplace_back("sample_token", Tensor::from(s.sample_token, {n}));
     tensors.emplace_back("sample_logits", stack(s, {s.num_layers, n, s.num_slots}, &LayerStatistics::sample_logits));
+    if (!s.layers.front().sample_inputs.empty()) {
+      tensors.emplace_back("sample_inputs", stack(s, {s.num_layers, n, s.hidden}, &LayerStatistics::sample_inputs));
+    }
   }
   write_safetensors(file, tensors,
                     {{"lightmoe", kFormat},
@@ -133,20 +153,22 @@ Statistics load_statistics(const std::filesystem::path& path) {
   check(format == kFormat, ErrorKind::kInput,
         "{}: not a statistics file (metadata \"lightmoe\" is \"{}\", expected \"{}\"); `lightmoe calibrate` writes one",
         path.string(), format, kFormat);
-  const bool all_outputs = file.find("all_output") != nullptr;
   Statistics s{.num_layers = metadata_integer(file, "layers", 1, 4096),
                .num_slots = metadata_integer(file, "slots", 1, 4096),
                .hidden = metadata_integer(file, "hidden", 1, 1 << 20)};
   for (const Field& field : kFields) {  // all shapes before any memory
-    if (field.values == &LayerStatistics::all_output && !all_outputs) continue;
+    if (field.optional && file.find(field.name) == nullptr) continue;
     check_shape(file, field.name, stacked_shape(s, field.wide));
   }
-  s = empty_statistics(s.num_layers, s.num_slots, s.hidden, all_outputs);
+  s = empty_statistics(s.num_layers, s.num_slots, s.hidden, true);
   s.tokens = metadata_integer(file, "tokens", 1, int64_t{1} << 50);
   s.model = metadata_text(file, "model"), s.data = metadata_text(file, "data");
   s.version = metadata_text(file, "version");
   for (const Field& field : kFields) {
-    if ((s.layers.front().*field.values).empty()) continue;
+    if (field.optional && file.find(field.name) == nullptr) {
+      for (LayerStatistics& layer : s.layers) (layer.*field.values).clear();
+      continue;
+    }
     const Tensor stacked = read_checked(file, field.name, stacked_shape(s, field.wide), DType::kF64);
     for (size_t l = 0; l < s.layers.size(); ++l) {
       s.layers[l].*field.values = part<double>(stacked, static_cast<int64_t>(l));

@@ -104,6 +104,11 @@ MatrixPlace ExpertSource::place(int64_t layer, int64_t expert, ExpertMatrix matr
           .dtype = dtype};
 }
 
+MatrixPlace ExpertSource::router(int64_t layer) const {
+  return place_of(checkpoint_, fmt::format("model.layers.{}.mlp.gate.weight", layer),
+                  {config_.num_experts, config_.hidden_size});
+}
+
 std::vector<std::string> ExpertSource::tensors_of(int64_t layer) const {
   if (fused_)
     return {fused_name(checkpoint_, layer, ExpertMatrix::kGate), fused_name(checkpoint_, layer, ExpertMatrix::kDown)};

@@ -34,6 +34,7 @@ class ExpertSource {
  public:
   ExpertSource(const Checkpoint& checkpoint, const OlmoeConfig& config);
   MatrixPlace place(int64_t layer, int64_t expert, ExpertMatrix matrix) const;
+  MatrixPlace router(int64_t layer) const;                   // [E,D]
   std::vector<std::string> tensors_of(int64_t layer) const;  // names in the file
   bool fused() const { return fused_; }
 

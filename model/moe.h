@@ -1,8 +1,8 @@
 #pragma once
 // The MoE layer as a slot table. The router picks among E slots; what a slot computes is data:
 //   expert    a stored expert of the layer's bank, plus an optional low-rank adapter of its own
-//   constant  a stored vector [D] times the gate                    (place in the type; run by later methods)
-//   latent    a private factor times a projection shared by a group (place in the type; run by later methods)
+//   constant  a stored vector [D] times the gate
+//   latent    gate and up are private factors times a projection shared by a group, the down matrix is its own
 //   removed   masked before the router's softmax
 // Two rules of execution, exact in real arithmetic:
 //   1. A stored expert runs once per token. For the chosen slots s of a token that point to expert e, with adapters (A, B):
@@ -10,6 +10,8 @@
 //        y += W_d z (once) + sum_s B_d (A_d g_s a_s)
 //      slots without adapter share a_s, so their gates add up.
 //   2. Memory is what is stored: bytes are counted from the bank, never from the slot count.
+//   A latent slot's shared projection is computed once per token and group. An expert may also be in the banks of several layers
+//   (the same parameters): it is stored once.
 // Backward (performance of both halves alike): dz = W_d^T dy once;  da_s = g_s (dz + A_d^T B_d^T dy);
 //   dg_s = <dz, a_s> + <B_d^T dy, A_d a_s>;  dh0 = sum_s dh_s, so dX and dW_gu of a shared expert once;  dW_d = dy z^T once.
 
@@ -26,10 +28,10 @@ enum class SlotKind : uint8_t { kExpert, kConstant, kLatent, kRemoved };
 
 struct Slot {
   SlotKind kind = SlotKind::kExpert;
-  int32_t expert = -1;   // index into MoeLayer::experts
-  int32_t adapter = -1;  // index into MoeLayer::adapters, -1 = none
-  int32_t constant = -1;
-  int32_t latent = -1;
+  int32_t expert = -1;    // index into MoeLayer::experts
+  int32_t adapter = -1;   // index into MoeLayer::adapters, -1 = none
+  int32_t constant = -1;  // row of MoeLayer::constants
+  int32_t latent = -1;    // index into MoeLayer::latents
 };
 
 // SwiGLU expert: f(x) = W_d (silu(W_g x) * (W_u x)).  gate_up [2F,D] (gate rows first), down [D,F].
@@ -45,6 +47,12 @@ struct Adapter {
   int64_t rank() const { return b_gate->value.dim(1); }
 };
 
+// Gate and up as a factor of the slot's own times a projection of the layer: W_gate = A_gate B_gate, W_up = A_up B_up.
+struct Latent {
+  ParameterPtr a_gate, a_up, down;  // [F,M] [F,M] [D,F]
+  int32_t projection = -1;          // index into MoeLayer::projections, [2M,D]: B_gate then B_up
+};
+
 // Annealing of one slot (arXiv 2603.12645 eq. 8): while beta > 0 it runs as beta W_original + (1-beta) W_base + B A.
 struct AnnealedSlot {
   int32_t slot = -1;
@@ -56,13 +64,17 @@ struct MoeLayer {
   std::vector<Slot> slots;      // E
   std::vector<Expert> experts;  // the bank: kept experts and bases
   std::vector<Adapter> adapters;
+  ParameterPtr constants;                 // [C,D] mlp.constants, null without constant slots
+  std::vector<ParameterPtr> projections;  // [2M,D] each, one M for the layer
+  std::vector<Latent> latents;
   std::vector<AnnealedSlot> annealed;  // empty when beta is 0 or nothing anneals
   double beta = 0;
 
   int64_t num_slots() const { return static_cast<int64_t>(slots.size()); }
-  bool is_plain() const;                         // slot i owns expert i, no adapters: stock OLMoE
-  std::vector<ParameterPtr> parameters() const;  // router, experts, adapters (annealed originals are not parameters)
-  int64_t stored_bytes() const;
+  bool is_plain() const;  // slot i owns expert i, no adapters: stock OLMoE
+  std::vector<ParameterPtr> parameters()
+      const;  // router, experts, constants, latents, adapters (annealed originals are not parameters)
+  int64_t stored_bytes() const;  // experts that other layers have as well count here too
 };
 
 }  // namespace lightmoe

@@ -9,7 +9,6 @@ namespace lightmoe {
 namespace {
 
 constexpr int64_t kBlendBytes = 64 << 20;  // of the blends in memory at once, one matrix more at most
-constexpr const char* kKindNames[] = {"expert", "constant", "latent", "removed"};
 
 // Where the host cannot look without waiting for the device, every group counts as having rows: an empty one costs nothing there.
 bool has_rows(const DispatchPlan& plan, size_t group) {
@@ -38,15 +37,16 @@ Tensor blended(const MoeGroup& group, ExpertHalf half, double beta, DType activa
 MoeGroups::MoeGroups(const MoeLayer& layer) {
   const size_t num_slots = layer.slots.size();
   for (const Expert& expert : layer.experts) groups.push_back({.bank = expert, .original = {}});
+  for (const Latent& latent : layer.latents) {
+    groups.push_back({.bank = {.gate_up = nullptr, .down = latent.down}, .original = {}});
+  }
   group_of_slot.assign(num_slots + 1, -1);
   adapter_of_slot.assign(num_slots, -1);
   for (size_t s = 0; s < num_slots; ++s) {
     const Slot& slot = layer.slots[s];
-    check(slot.kind == SlotKind::kExpert || slot.kind == SlotKind::kRemoved, ErrorKind::kInput,
-          "{}: slot {} is of kind {}, which this version cannot run (expert and removed are supported)",
-          layer.router->name, s, kKindNames[static_cast<int>(slot.kind)]);
-    if (slot.kind != SlotKind::kExpert) continue;
-    group_of_slot[s] = slot.expert;
+    if (slot.kind != SlotKind::kExpert && slot.kind != SlotKind::kLatent) continue;
+    const bool latent = slot.kind == SlotKind::kLatent;
+    group_of_slot[s] = latent ? static_cast<int32_t>(layer.experts.size()) + slot.latent : slot.expert;
     adapter_of_slot[s] = slot.adapter;
   }
   if (layer.beta > 0) {
@@ -85,7 +85,7 @@ void use_group_weights(const MoeGroups& groups, const DispatchPlan& plan, Expert
     if (!has_rows(plan, g)) continue;
     if (group.annealed())
       annealed.push_back(g);
-    else if (group.bank.gate_up != nullptr)
+    else if (half_of(group.bank, half) != nullptr)
       weights[g] = half_of(group.bank, half)->value;
   }
   use(weights);
@@ -110,7 +110,7 @@ bool has_zero_rows(const MoeGroups& groups, const DispatchPlan& plan) {
 
 bool any_trainable(const MoeGroups& groups, ExpertHalf half) {
   return std::any_of(groups.groups.begin(), groups.groups.end(), [half](const MoeGroup& group) {
-    return group.bank.gate_up != nullptr && half_of(group.bank, half)->trainable;
+    return half_of(group.bank, half) != nullptr && half_of(group.bank, half)->trainable;
   });
 }
 

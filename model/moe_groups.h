@@ -1,7 +1,9 @@
 #pragma once
 // What the slots of a layer point to during one pass. A GROUP is one pair of matrices that rows are multiplied with: a bank entry,
-// or an annealed slot (its own blend of two experts). A LANE is what a slot computes: group and adapter; slots of one lane are
-// merged before dispatch (kernels/merge_slots.h). Groups are numbered bank entries first, then annealed slots.
+// or an annealed slot (its own blend of two experts), or a latent slot (its down matrix; gate and up come from
+// model/moe_latent.h). A LANE is what a slot computes: group and adapter; slots of one lane are
+// merged before dispatch (kernels/merge_slots.h). Groups are numbered bank entries first, then latents, then annealed slots.
+// Constant and removed slots have no group.
 
 #include <cstdint>
 #include <functional>
@@ -13,7 +15,7 @@
 namespace lightmoe {
 
 struct MoeGroup {
-  Expert bank;      // null matrices: W = 0
+  Expert bank;      // null matrices: W = 0; gate_up alone null: a latent
   Expert original;  // annealed slot: W = beta original + (1-beta) bank; null else
   bool annealed() const { return original.gate_up != nullptr; }
 };
@@ -26,7 +28,6 @@ struct MoeGroups {
   bool shared = false;                   // some group has several lanes: its visits are not its pairs
   double beta = 0;                       // of the annealed groups
 
-  // Error(kInput) for kinds of slots this version cannot run; `layer_name` starts the message.
   explicit MoeGroups(const MoeLayer& layer);
 };
 

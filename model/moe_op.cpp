@@ -1,9 +1,13 @@
 #include "model/moe_op.h"
 
+#include <optional>
+
 #include "kernels/combine.h"
 #include "kernels/merge_slots.h"
 #include "kernels/swiglu.h"
+#include "model/moe_constants.h"
 #include "model/moe_groups.h"
+#include "model/moe_latent.h"
 #include "model/moe_low_rank.h"
 #include "runtime/trace.h"
 
@@ -32,13 +36,15 @@ class MoeRun {
     const Tensor chosen = groups_.lane_of_slot.empty() ? slots : merge(slots);
     plan_ = make_dispatch_plan(chosen, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
     low_rank_ = LowRankTerms::of(layer, groups_.adapter_of_slot, plan_, compute);
+    constants_.emplace(layer, chosen);
+    latents_.emplace(layer, chosen, plan_, compute);
     hidden_ = x.dim(1), width_ = expert_width(layer);
     zero_rows_ = has_zero_rows(groups_, plan_);
   }
 
   Tensor forward(bool keep);
   // Whether backward reads x.
-  bool reads_x() const { return !low_rank_.empty() || any_trainable(groups_, ExpertHalf::kGateUp); }
+  bool reads_x() const { return !low_rank_.empty() || latents_->any() || any_trainable(groups_, ExpertHalf::kGateUp); }
   // dx undefined: x needs no gradient. Returns the gradient of the gates.
   Tensor backward(const Tensor& x, const Tensor& dy, const Tensor& dx, bool accumulate_dx);
 
@@ -48,6 +54,7 @@ class MoeRun {
       if (expert.down != nullptr) return expert.down->value.dim(1);
     }
     for (const Adapter& adapter : layer.adapters) return adapter.b_gate->value.dim(0);
+    for (const Latent& latent : layer.latents) return latent.down->value.dim(1);
     for (const AnnealedSlot& annealed : layer.annealed) return annealed.original.down->value.dim(1);
     return 0;
   }
@@ -104,6 +111,8 @@ class MoeRun {
   Tensor gates_, first_;  // gates after merging; first_ undefined when nothing merges
   DispatchPlan plan_;
   std::vector<LowRankTerms> low_rank_;
+  std::optional<ConstantTerms> constants_;
+  std::optional<LatentTerms> latents_;
   int64_t hidden_ = 0, width_ = 0;
   bool zero_rows_ = false;
   Tensor h_;  // [P,2F]
@@ -130,6 +139,7 @@ Tensor MoeRun::forward(bool keep) {
     const Tensor h0 = std::exchange(h, empty(plan_.num_pairs, 2 * width_));
     run(ExpandPairs{.x = h0, .pair_visit = plan_.pair_visit, .y = h});
   }
+  if (latents_->any()) latents_->add_to_h(x_, h);
   for (LowRankTerms& terms : low_rank_) terms.add_to_h(plan_, x_, h);
   Tensor a = empty(plan_.num_pairs, width_);
   run(SwiGlu{.h = h, .a = a});
@@ -141,12 +151,14 @@ Tensor MoeRun::forward(bool keep) {
   if (pairs_are_visits() && low_rank_.empty()) {  // the gate may wait until the rows are summed
     visit_product(a, {}, ExpertHalf::kDown, true, rows);
     run(Combine{.x = rows, .index = plan_.index_pair, .scales = gates_, .y = y});
+    if (constants_->any()) constants_->add_to_y(gates_, y);
     return y;
   }
   visit_product(gated_sum(a), {}, ExpertHalf::kDown, true, rows);
   combine(rows, y, false, [&](size_t i, const Tensor& pair_rows, double beta) {
     low_rank_[i].add_to_y(plan_, a, gates_, pair_rows, beta);
   });
+  if (constants_->any()) constants_->add_to_y(gates_, y);
   return y;
 }
 
@@ -155,7 +167,7 @@ void MoeRun::weight_gradient(ExpertHalf half, GroupedGemmK op) const {
   bool any_blended = false;
   for (size_t g = 0; g < own.size(); ++g) {
     const MoeGroup& group = groups_.groups[g];
-    if (group.bank.gate_up == nullptr || !half_of(group.bank, half)->trainable) continue;
+    if (half_of(group.bank, half) == nullptr || !half_of(group.bank, half)->trainable) continue;
     (group.annealed() ? blended : own)[g] = half_of(group.bank, half);
     any_blended = any_blended || group.annealed();
   }
@@ -185,6 +197,7 @@ Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, boo
                          .da = da,
                          .dgates = dgates});
   }
+  if (constants_->any()) constants_->backward(dy, gates_, dgates);
   if (any_trainable(groups_, ExpertHalf::kDown)) {
     weight_gradient(ExpertHalf::kDown, {.a = dy, .a_rows = plan_.visit_token, .b = gated_sum(a)});
   }
@@ -205,6 +218,7 @@ Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, boo
   }
   if (!dx.defined()) {
     for (const LowRankTerms& terms : low_rank_) terms.gate_up_backward(plan_, dh, x, {}, 0);
+    if (latents_->any()) latents_->backward(x, dh, {});
     return unmerged(dgates);
   }
   const Tensor rows = visit_rows(hidden_);
@@ -212,6 +226,7 @@ Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, boo
   combine(rows, dx, accumulate_dx, [&](size_t i, const Tensor& pair_rows, double beta) {
     low_rank_[i].gate_up_backward(plan_, dh, x, pair_rows, beta);
   });
+  if (latents_->any()) latents_->backward(x, dh, dx);
   return unmerged(dgates);
 }
 

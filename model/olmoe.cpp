@@ -1,6 +1,7 @@
 #include "model/olmoe.h"
 
 #include <algorithm>
+#include <unordered_set>
 
 #include "model/block.h"
 #include "runtime/trace.h"
@@ -34,6 +35,11 @@ Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context) {
   return x.value;
 }
 
+void drop_repeated(std::vector<ParameterPtr>& list) {
+  std::unordered_set<const Parameter*> seen;
+  std::erase_if(list, [&](const ParameterPtr& p) { return !seen.insert(p.get()).second; });
+}
+
 int64_t count_labels(const Tensor& labels) {
   const Tensor host = labels.on(DeviceKind::kCpu);
   const int32_t* values = host.data<int32_t>();
@@ -60,6 +66,7 @@ std::vector<ParameterPtr> Olmoe::parameters() const {
     const std::vector<ParameterPtr> moe = block.moe.parameters();
     all.insert(all.end(), moe.begin(), moe.end());
   }
+  drop_repeated(all);  // experts in the banks of several layers
   all.push_back(final_norm);
   if (lm_head != embedding) all.push_back(lm_head);
   return all;

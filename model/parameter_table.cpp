@@ -56,6 +56,25 @@ void add_adapter(List& list, const OlmoeConfig& c, int64_t layer, int64_t adapte
   }
 }
 
+void add_constants_and_latents(List& list, const OlmoeConfig& c, int64_t layer, const LayerShape& shape) {
+  const int64_t d = c.hidden_size, f = c.intermediate_size, m = shape.latent_size;
+  const ParameterKind latent = ParameterKind::kLatent;
+  if (shape.constants > 0) {
+    list.push_back({constants_tensor_name(layer), {shape.constants, d}, ParameterKind::kConstant, layer});
+  }
+  for (int64_t i = 0; i < shape.projections; ++i) {
+    for (const ExpertMatrix matrix : {ExpertMatrix::kGate, ExpertMatrix::kUp}) {
+      list.push_back({projection_tensor_name(layer, i, matrix), {m, d}, latent, layer});
+    }
+  }
+  for (size_t i = 0; i < shape.latent_projection.size(); ++i) {
+    const auto index = static_cast<int64_t>(i);
+    list.push_back({latent_tensor_name(layer, index, ExpertMatrix::kGate), {f, m}, latent, layer});
+    list.push_back({latent_tensor_name(layer, index, ExpertMatrix::kUp), {f, m}, latent, layer});
+    list.push_back({latent_tensor_name(layer, index, ExpertMatrix::kDown), {d, f}, latent, layer});
+  }
+}
+
 }  // namespace
 
 std::string_view name_of(ParameterKind kind) {
@@ -70,6 +89,10 @@ std::string_view name_of(ParameterKind kind) {
       return "router";
     case ParameterKind::kExpert:
       return "experts";
+    case ParameterKind::kConstant:
+      return "constants";
+    case ParameterKind::kLatent:
+      return "latents";
     case ParameterKind::kAdapter:
       return "adapters";
     case ParameterKind::kHead:
@@ -111,12 +134,13 @@ List compressed_parameters(const OlmoeConfig& c, const std::vector<LayerShape>& 
   return with_experts(c, [&](List& list, int64_t l) {
     const LayerShape& shape = layers[static_cast<size_t>(l)];
     for (size_t j = 0; j < shape.zero_expert.size(); ++j) {
-      if (shape.zero_expert[j]) continue;  // stands for W = 0, nothing stored
+      if (!shape.stores(j)) continue;  // stands for W = 0, or another layer stores it
       for (const ExpertMatrix m : kExpertMatrices) {
         list.push_back(
             {bank_tensor_name(l, static_cast<int64_t>(j), m), expert_shape(c, m), ParameterKind::kExpert, l});
       }
     }
+    add_constants_and_latents(list, c, l, shape);
     for (size_t a = 0; a < shape.adapter_rank.size(); ++a) {
       add_adapter(list, c, l, static_cast<int64_t>(a), shape.adapter_rank[a]);
     }

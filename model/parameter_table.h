@@ -11,8 +11,18 @@
 
 namespace lightmoe {
 
-enum class ParameterKind : uint8_t { kEmbedding, kNorm, kAttention, kRouter, kExpert, kAdapter, kHead };
-inline constexpr int kNumParameterKinds = 7;
+enum class ParameterKind : uint8_t {
+  kEmbedding,
+  kNorm,
+  kAttention,
+  kRouter,
+  kExpert,
+  kConstant,
+  kLatent,
+  kAdapter,
+  kHead
+};
+inline constexpr int kNumParameterKinds = 9;
 std::string_view name_of(ParameterKind kind);  // "embedding", "norm", ...
 
 struct ParameterInfo {

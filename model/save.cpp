@@ -10,14 +10,12 @@ namespace {
 // The "lightmoe" object of the model as it is now; what a method wrote about itself is kept.
 std::string lightmoe_object(const Olmoe& model) {
   if (is_plain(model)) return "";
-  std::vector<LayerShape> shapes;
-  for (const Block& block : model.blocks) shapes.push_back(shape_of(block.moe));
   Json method;
   if (!model.config.lightmoe_json.empty()) {
     const Json old = parse_json(model.config.lightmoe_json, "the lightmoe object");
     if (old.contains("method")) method = old["method"];
   }
-  return slot_tables_to_json(shapes, method).dump();
+  return slot_tables_to_json(shapes_of(model), method).dump();
 }
 
 }  // namespace

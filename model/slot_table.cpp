@@ -14,8 +14,9 @@ constexpr const char* kShortNames[] = {"gate", "up", "down"};
 // One layer's object, with messages that say where.
 class LayerReader {
  public:
-  LayerReader(const Json& layer, const OlmoeConfig& config, std::string where)
-      : layer_(layer), config_(config), where_(std::move(where)) {}
+  // `below`: the shapes of the layers before this one.
+  LayerReader(const Json& layer, const OlmoeConfig& config, const std::vector<LayerShape>& below, std::string where)
+      : layer_(layer), config_(config), below_(below), where_(std::move(where)) {}
 
   LayerShape read() {
     check(layer_.is_object(), ErrorKind::kInput, "{} is not an object", where_);
@@ -31,11 +32,48 @@ class LayerReader {
     for (const Json& rank : array(layer_, "adapters")) {
       shape.adapter_rank.push_back(integer(rank, "adapters", 1, kMaxRank));
     }
+    if (layer_.contains("borrowed")) read_borrowed(shape);
+    if (layer_.contains("constants")) {
+      shape.constants = integer(layer_["constants"], "constants", 1, config_.num_experts);
+    }
+    if (layer_.contains("latents")) read_latents(member(layer_, "latents"), shape);
     read_slots(member(layer_, "slots"), entries, shape);
     return shape;
   }
 
  private:
+  void read_borrowed(LayerShape& shape) {
+    shape.borrowed.resize(shape.zero_expert.size());
+    const auto entries = static_cast<int64_t>(shape.zero_expert.size());
+    for (const Json& item : array(layer_, "borrowed")) {
+      check(item.is_array() && item.size() == 3, ErrorKind::kInput,
+            "{}: borrowed holds {}, expected [entry, layer, entry there]", where_, item.dump());
+      const auto entry = static_cast<size_t>(integer(item[0], "borrowed", 0, entries - 1));
+      check(!shape.zero_expert[entry] && shape.borrowed[entry].layer < 0, ErrorKind::kInput,
+            "{}: entry {} is borrowed twice, or is zero", where_, entry);
+      const int64_t layer = integer(item[1], "borrowed (layer)", 0, static_cast<int64_t>(below_.size()) - 1);
+      const LayerShape& from = below_[static_cast<size_t>(layer)];
+      const int64_t there =
+          integer(item[2], "borrowed (entry there)", 0, static_cast<int64_t>(from.zero_expert.size()) - 1);
+      check(from.stores(static_cast<size_t>(there)), ErrorKind::kInput, "{}: layer {} does not store its entry {}",
+            where_, layer, there);
+      shape.borrowed[entry] = {static_cast<int32_t>(layer), static_cast<int32_t>(there)};
+    }
+  }
+
+  void read_latents(const Json& latents, LayerShape& shape) {
+    shape.latent_size = integer(member(latents, "size"), "latents.size", 1, config_.hidden_size);
+    shape.projections = integer(member(latents, "projections"), "latents.projections", 1, config_.num_experts);
+    for (const Json& projection : array(latents, "projection")) {
+      shape.latent_projection.push_back(
+          static_cast<int32_t>(integer(projection, "latents.projection", 0, shape.projections - 1)));
+    }
+    check(
+        !shape.latent_projection.empty() && shape.latent_projection.size() <= static_cast<size_t>(config_.num_experts),
+        ErrorKind::kInput, "{}: {} latents, expected 1 to {}", where_, shape.latent_projection.size(),
+        config_.num_experts);
+  }
+
   void read_slots(const Json& slots, int64_t entries, LayerShape& shape) {
     const Json& experts = array(slots, "expert");
     const Json& adapters = array(slots, "adapter");
@@ -44,20 +82,29 @@ class LayerReader {
           "{}: slots.expert has {} and slots.adapter {} entries, expected {} (config.json: num_experts)", where_,
           experts.size(), adapters.size(), count);
     const auto num_adapters = static_cast<int64_t>(shape.adapter_rank.size());
-    std::vector<int32_t> expert_of_adapter(shape.adapter_rank.size(), -1);
+    std::vector<int32_t> owner_of_adapter(shape.adapter_rank.size(), -1);  // an expert, or beyond them a latent
+    const auto config_experts = static_cast<int32_t>(config_.num_experts);
     int64_t live = 0;
     for (size_t i = 0; i < count; ++i) {
       Slot slot;
       slot.expert = static_cast<int32_t>(integer(experts[i], "slots.expert", -1, entries - 1));
       slot.adapter = static_cast<int32_t>(integer(adapters[i], "slots.adapter", -1, num_adapters - 1));
       if (slots.contains("kind")) slot.kind = kind(array(slots, "kind"), i, count);
+      if (slot.kind == SlotKind::kConstant) slot.constant = index(slots, "constant", i, count, shape.constants);
+      if (slot.kind == SlotKind::kLatent) {
+        slot.latent = index(slots, "latent", i, count, static_cast<int64_t>(shape.latent_projection.size()));
+      }
+      const bool may_adapt = slot.kind == SlotKind::kExpert || slot.kind == SlotKind::kLatent;
+      check(may_adapt || slot.adapter < 0, ErrorKind::kInput, "{}: slot {} is of kind {} and has an adapter", where_, i,
+            kKindNames[static_cast<int>(slot.kind)]);
       check(slot.kind != SlotKind::kExpert || slot.expert >= 0, ErrorKind::kInput, "{}: slot {} points to no expert",
             where_, i);
       if (slot.adapter >= 0) {
-        int32_t& owner = expert_of_adapter[static_cast<size_t>(slot.adapter)];
-        check(owner < 0 || owner == slot.expert, ErrorKind::kInput,
-              "{}: adapter {} belongs to slots of two experts ({} and {})", where_, slot.adapter, owner, slot.expert);
-        owner = slot.expert;
+        int32_t& owner = owner_of_adapter[static_cast<size_t>(slot.adapter)];
+        const int32_t here = slot.kind == SlotKind::kLatent ? config_experts + slot.latent : slot.expert;
+        check(owner < 0 || owner == here, ErrorKind::kInput,
+              "{}: adapter {} belongs to slots of two experts ({} and {})", where_, slot.adapter, owner, here);
+        owner = here;
       }
       live += slot.kind != SlotKind::kRemoved ? 1 : 0;
       shape.slots.push_back(slot);
@@ -67,6 +114,13 @@ class LayerReader {
           config_.num_experts_per_token);
   }
 
+  int32_t index(const Json& slots, const char* key, size_t i, size_t count, int64_t limit) const {
+    const Json& list = array(slots, key);
+    check(list.size() == count, ErrorKind::kInput, "{}: slots.{} has {} entries, expected {}", where_, key, list.size(),
+          count);
+    check(limit > 0, ErrorKind::kInput, "{}: slot {} is of kind {}, but the layer stores none", where_, i, key);
+    return static_cast<int32_t>(integer(list[i], key, 0, limit - 1));
+  }
   SlotKind kind(const Json& kinds, size_t i, size_t count) const {
     check(kinds.size() == count, ErrorKind::kInput, "{}: slots.kind has {} entries, expected {}", where_, kinds.size(),
           count);
@@ -98,6 +152,7 @@ class LayerReader {
 
   const Json& layer_;
   const OlmoeConfig& config_;
+  const std::vector<LayerShape>& below_;
   std::string where_;
 };
 
@@ -114,6 +169,12 @@ LayerShape shape_of(const MoeLayer& layer) {
   LayerShape shape{.slots = layer.slots};
   for (const Expert& expert : layer.experts) shape.zero_expert.push_back(expert.gate_up == nullptr);
   for (const Adapter& adapter : layer.adapters) shape.adapter_rank.push_back(adapter.rank());
+  if (layer.constants != nullptr) shape.constants = layer.constants->value.dim(0);
+  shape.projections = static_cast<int64_t>(layer.projections.size());
+  for (const Latent& latent : layer.latents) {
+    shape.latent_projection.push_back(latent.projection);
+    shape.latent_size = latent.a_gate->value.dim(1);
+  }
   return shape;
 }
 
@@ -121,6 +182,7 @@ Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& meth
   Json out = {{"format", kFormat}, {"method", method}, {"layers", Json::array()}};
   for (const LayerShape& shape : layers) {
     Json zero = Json::array(), experts = Json::array(), adapters = Json::array(), kinds = Json::array();
+    Json constants = Json::array(), latents = Json::array(), borrowed = Json::array();
     for (size_t i = 0; i < shape.zero_expert.size(); ++i) {
       if (shape.zero_expert[i]) zero.push_back(i);
     }
@@ -129,14 +191,29 @@ Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& meth
       experts.push_back(slot.expert);
       adapters.push_back(slot.adapter);
       kinds.push_back(kKindNames[static_cast<int>(slot.kind)]);
+      constants.push_back(slot.constant);
+      latents.push_back(slot.latent);
       all_experts = all_experts && slot.kind == SlotKind::kExpert;
     }
     Json slots = {{"expert", experts}, {"adapter", adapters}};
     if (!all_experts) slots["kind"] = kinds;
-    out["layers"].push_back({{"experts", shape.zero_expert.size()},
-                             {"zero_experts", zero},
-                             {"adapters", shape.adapter_rank},
-                             {"slots", slots}});
+    if (shape.constants > 0) slots["constant"] = constants;
+    if (!shape.latent_projection.empty()) slots["latent"] = latents;
+    Json layer = {{"experts", shape.zero_expert.size()},
+                  {"zero_experts", zero},
+                  {"adapters", shape.adapter_rank},
+                  {"slots", slots}};
+    for (size_t j = 0; j < shape.borrowed.size(); ++j) {
+      const BankRef& from = shape.borrowed[j];
+      if (from.layer >= 0) borrowed.push_back({j, from.layer, from.entry});
+    }
+    if (!borrowed.empty()) layer["borrowed"] = borrowed;
+    if (shape.constants > 0) layer["constants"] = shape.constants;
+    if (!shape.latent_projection.empty()) {
+      layer["latents"] = {
+          {"size", shape.latent_size}, {"projections", shape.projections}, {"projection", shape.latent_projection}};
+    }
+    out["layers"].push_back(layer);
   }
   return out;
 }
@@ -153,7 +230,7 @@ std::vector<LayerShape> slot_tables_from_json(const Json& object, const OlmoeCon
         "{}: lightmoe.layers has {} entries, expected {} (num_hidden_layers)", name, layers.size(), config.num_layers);
   std::vector<LayerShape> shapes;
   for (size_t l = 0; l < layers.size(); ++l) {
-    shapes.push_back(LayerReader(layers[l], config, fmt::format("{}: lightmoe.layers[{}]", name, l)).read());
+    shapes.push_back(LayerReader(layers[l], config, shapes, fmt::format("{}: lightmoe.layers[{}]", name, l)).read());
   }
   return shapes;
 }
@@ -167,6 +244,14 @@ std::string bank_tensor_name(int64_t layer, int64_t entry, ExpertMatrix matrix) 
 std::string adapter_tensor_name(int64_t layer, int64_t adapter, ExpertMatrix matrix, bool b) {
   return fmt::format("model.layers.{}.mlp.adapters.{}.{}_{}", layer, adapter, kShortNames[static_cast<int>(matrix)],
                      b ? "b" : "a");
+}
+
+std::string constants_tensor_name(int64_t layer) { return fmt::format("model.layers.{}.mlp.constants", layer); }
+std::string projection_tensor_name(int64_t layer, int64_t projection, ExpertMatrix matrix) {
+  return fmt::format("model.layers.{}.mlp.projections.{}.{}", layer, projection, kShortNames[static_cast<int>(matrix)]);
+}
+std::string latent_tensor_name(int64_t layer, int64_t latent, ExpertMatrix matrix) {
+  return fmt::format("model.layers.{}.mlp.latents.{}.{}", layer, latent, kShortNames[static_cast<int>(matrix)]);
 }
 
 }  // namespace lightmoe

@@ -6,6 +6,10 @@
 //   experts       entries of the bank; those in zero_experts stand for W = 0 and have no tensors (Replace without shared base)
 //   adapters      rank of each adapter;  slots.expert / slots.adapter: bank and adapter index per slot, -1 = none
 //   slots.kind    only when a slot is not of kind expert: "expert", "constant", "latent", "removed"
+//   borrowed      [[entry, layer, entry there], ..]: entries that are another (lower) layer's stored expert; nothing is stored here
+//   constants     rows of mlp.constants;  slots.constant: row per slot
+//   latents       {"size": M, "projections": n, "projection": [of each latent]};  slots.latent: index per slot
+// Keys that would be empty are left out.
 // Every index is checked; an adapter belongs to slots of one expert; at least K slots are not removed.
 
 #include <cstdint>
@@ -18,15 +22,25 @@
 
 namespace lightmoe {
 
+struct BankRef {
+  int32_t layer = -1, entry = -1;  // layer -1: none
+};
+
 struct LayerShape {
   std::vector<Slot> slots;            // E
   std::vector<uint8_t> zero_expert;   // one per bank entry: 1 = W = 0, nothing stored
   std::vector<int64_t> adapter_rank;  // one per adapter
+  std::vector<BankRef> borrowed;      // empty, or one per bank entry: where another layer stores it
+  int64_t constants = 0;
+  int64_t latent_size = 0, projections = 0;  // M, and how many [2M,D]
+  std::vector<int32_t> latent_projection;    // one per latent
+
+  bool stores(size_t entry) const { return !zero_expert[entry] && (borrowed.empty() || borrowed[entry].layer < 0); }
 };
 
 // The stock layer: slot i owns expert i.
 LayerShape plain_layer_shape(int64_t num_slots);
-LayerShape shape_of(const MoeLayer& layer);
+LayerShape shape_of(const MoeLayer& layer);  // as if no other layer had its experts
 // Bank entries, adapters and slots are numbered as in the shape; `method` (may be null) is kept as it is.
 Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& method);
 // Error(kInput) starting with `name`, with layer, key, value and legal range.
@@ -39,5 +53,10 @@ inline constexpr ExpertMatrix kExpertMatrices[] = {ExpertMatrix::kGate, ExpertMa
 std::string expert_tensor_name(int64_t layer, int64_t expert, ExpertMatrix matrix);
 std::string bank_tensor_name(int64_t layer, int64_t entry, ExpertMatrix matrix);
 std::string adapter_tensor_name(int64_t layer, int64_t adapter, ExpertMatrix matrix, bool b);
+// model.layers.L.mlp.constants;  model.layers.L.mlp.projections.J.gate, .up [M,D];  model.layers.L.mlp.latents.J.gate, .up [F,M],
+// .down [D,F]
+std::string constants_tensor_name(int64_t layer);
+std::string projection_tensor_name(int64_t layer, int64_t projection, ExpertMatrix matrix);
+std::string latent_tensor_name(int64_t layer, int64_t latent, ExpertMatrix matrix);
 
 }  // namespace lightmoe

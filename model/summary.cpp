@@ -14,12 +14,15 @@ int64_t most_active_experts(const ModelSummary& s) {
   const int64_t d = s.config.hidden_size, f = s.config.intermediate_size, k = s.config.num_experts_per_token;
   int64_t active = 0;
   for (int64_t l = 0; l < s.config.num_layers; ++l) {
-    int64_t experts = s.config.num_experts, adapters = 0, rank = 0;
+    int64_t experts = s.config.num_experts, adapters = 0, rank = 0, latents = 0, m = 0, projections = 0;
     if (!s.layers.empty()) {
       const LayerSummary& layer = s.layers[static_cast<size_t>(l)];
       experts = layer.own + layer.shared, adapters = layer.adapters, rank = layer.largest_rank;
+      latents = layer.latent_slots, m = layer.latent_size, projections = layer.projections;
     }
-    active += std::min(k, experts) * 3 * d * f + std::min(k, adapters) * 3 * rank * (d + f);
+    const int64_t whole = std::min(k, experts);  // a whole expert is more than a latent one: the most there can be
+    active += whole * 3 * d * f + std::min(k - whole, latents) * (2 * f * m + d * f) +
+              std::min(k - whole, projections) * 2 * m * d + std::min(k, adapters) * 3 * rank * (d + f);
   }
   return active;
 }
@@ -60,6 +63,8 @@ LayerSummary summarize_layer(const LayerShape& shape) {
   std::vector<int64_t> users(shape.zero_expert.size(), 0);
   for (const Slot& slot : shape.slots) {
     out.removed_slots += slot.kind == SlotKind::kRemoved ? 1 : 0;
+    out.constant_slots += slot.kind == SlotKind::kConstant ? 1 : 0;
+    out.latent_slots += slot.kind == SlotKind::kLatent ? 1 : 0;
     if (slot.kind != SlotKind::kExpert || slot.expert < 0) continue;
     if (shape.zero_expert[static_cast<size_t>(slot.expert)])
       ++out.zero_slots;
@@ -68,11 +73,13 @@ LayerSummary summarize_layer(const LayerShape& shape) {
   }
   for (size_t e = 0; e < users.size(); ++e) {
     if (shape.zero_expert[e]) continue;
+    out.borrowed += shape.stores(e) ? 0 : 1;
     if (users[e] > 1)
       ++out.shared, out.sharing_slots += users[e];
     else
       ++out.own;
   }
+  out.latent_size = shape.latent_size, out.projections = shape.projections;
   out.adapters = static_cast<int64_t>(shape.adapter_rank.size());
   if (out.adapters > 0) {
     const auto [low, high] = std::minmax_element(shape.adapter_rank.begin(), shape.adapter_rank.end());
@@ -107,7 +114,8 @@ ModelSummary summarize_model(const std::filesystem::path& directory) {
   }
   const auto parameters = [&](ParameterKind kind) { return out.kinds[static_cast<size_t>(kind)].parameters; };
   out.active_parameters = out.total.parameters - out.other.parameters - parameters(ParameterKind::kExpert) -
-                          parameters(ParameterKind::kAdapter) + most_active_experts(out);
+                          parameters(ParameterKind::kAdapter) - parameters(ParameterKind::kConstant) -
+                          parameters(ParameterKind::kLatent) + most_active_experts(out);
   out.has_tokenizer = std::filesystem::exists(directory / "tokenizer.json");
   out.has_marker = std::filesystem::exists(directory / ".complete");
   return out;

@@ -25,10 +25,12 @@ struct StoredCount {
   void add(const TensorInfo& info);
 };
 
-struct LayerSummary {  // of a compressed layer
-  int64_t own = 0;     // stored experts that one slot uses
-  int64_t shared = 0;  // stored experts that several slots use
-  int64_t sharing_slots = 0, zero_slots = 0, removed_slots = 0;
+struct LayerSummary {    // of a compressed layer
+  int64_t own = 0;       // stored experts that one slot of the layer uses
+  int64_t shared = 0;    // stored experts that several slots use
+  int64_t borrowed = 0;  // of both, experts that another layer stores
+  int64_t sharing_slots = 0, zero_slots = 0, removed_slots = 0, constant_slots = 0, latent_slots = 0;
+  int64_t latent_size = 0, projections = 0;
   int64_t adapters = 0, smallest_rank = 0, largest_rank = 0;
 };
 

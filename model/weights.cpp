@@ -1,6 +1,8 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <unordered_map>
+#include <unordered_set>
 
 #include "model/random_weights.h"
 
@@ -19,10 +21,20 @@ MoeLayer declare_layer(const OlmoeConfig& c, const LayerShape& shape) {
                  .slots = shape.slots,
                  .experts = {},
                  .adapters = {},
+                 .projections = {},
+                 .latents = {},
                  .annealed = {}};
   const int64_t d = c.hidden_size, f = c.intermediate_size;
-  for (const uint8_t is_zero : shape.zero_expert) {
-    layer.experts.push_back(is_zero ? Expert{} : Expert{.gate_up = declared({2 * f, d}), .down = declared({d, f})});
+  for (size_t j = 0; j < shape.zero_expert.size(); ++j) {
+    layer.experts.push_back(shape.stores(j) ? Expert{.gate_up = declared({2 * f, d}), .down = declared({d, f})}
+                                            : Expert{});  // zero, or filled in from the layer that stores it
+  }
+  if (shape.constants > 0) layer.constants = declared({shape.constants, d});
+  const int64_t m = shape.latent_size;
+  for (int64_t i = 0; i < shape.projections; ++i) layer.projections.push_back(declared({2 * m, d}));
+  for (const int32_t projection : shape.latent_projection) {
+    layer.latents.push_back(
+        {.a_gate = declared({f, m}), .a_up = declared({f, m}), .down = declared({d, f}), .projection = projection});
   }
   for (const int64_t r : shape.adapter_rank) {
     layer.adapters.push_back({.a_gate_up = declared({2 * r, d}),
@@ -53,6 +65,7 @@ class Collector {
 
  private:
   std::vector<StoredTensor> list_;
+  std::unordered_set<const Parameter*> experts_;  // of the layers so far
 };
 
 void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
@@ -63,9 +76,21 @@ void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
   };
   for (size_t e = 0; e < layer.experts.size(); ++e) {
     const Expert& expert = layer.experts[e];
-    if (expert.gate_up == nullptr) continue;
+    if (expert.gate_up == nullptr || !experts_.insert(expert.gate_up.get()).second) continue;
     halves(name(e, ExpertMatrix::kGate), name(e, ExpertMatrix::kUp), expert.gate_up, "intermediate_size, hidden_size");
     whole(name(e, ExpertMatrix::kDown), expert.down, "hidden_size, intermediate_size");
+  }
+  if (layer.constants != nullptr) whole(constants_tensor_name(l), layer.constants, "lightmoe.constants, hidden_size");
+  for (size_t i = 0; i < layer.projections.size(); ++i) {
+    const auto part = [&](ExpertMatrix m) { return projection_tensor_name(l, static_cast<int64_t>(i), m); };
+    halves(part(ExpertMatrix::kGate), part(ExpertMatrix::kUp), layer.projections[i],
+           "lightmoe.latents.size, hidden_size");
+  }
+  for (size_t i = 0; i < layer.latents.size(); ++i) {
+    const auto part = [&](ExpertMatrix m) { return latent_tensor_name(l, static_cast<int64_t>(i), m); };
+    whole(part(ExpertMatrix::kGate), layer.latents[i].a_gate, "intermediate_size, lightmoe.latents.size");
+    whole(part(ExpertMatrix::kUp), layer.latents[i].a_up, "intermediate_size, lightmoe.latents.size");
+    whole(part(ExpertMatrix::kDown), layer.latents[i].down, "hidden_size, intermediate_size");
   }
   for (size_t i = 0; i < layer.adapters.size(); ++i) {
     const Adapter& a = layer.adapters[i];
@@ -92,6 +117,24 @@ std::vector<int64_t> StoredTensor::shape() const {
 bool is_plain(const Olmoe& model) {
   return model.config.lightmoe_json.empty() &&
          std::all_of(model.blocks.begin(), model.blocks.end(), [](const Block& block) { return block.moe.is_plain(); });
+}
+
+std::vector<LayerShape> shapes_of(const Olmoe& model) {
+  std::vector<LayerShape> shapes;
+  std::unordered_map<const Parameter*, BankRef> owners;
+  for (size_t l = 0; l < model.blocks.size(); ++l) {
+    const MoeLayer& moe = model.blocks[l].moe;
+    LayerShape& shape = shapes.emplace_back(shape_of(moe));
+    for (size_t j = 0; j < moe.experts.size(); ++j) {
+      if (moe.experts[j].gate_up == nullptr) continue;
+      const BankRef here{static_cast<int32_t>(l), static_cast<int32_t>(j)};
+      const auto [owner, is_new] = owners.try_emplace(moe.experts[j].gate_up.get(), here);
+      if (is_new) continue;
+      shape.borrowed.resize(moe.experts.size());
+      shape.borrowed[j] = owner->second;
+    }
+  }
+  return shapes;
 }
 
 std::vector<StoredTensor> stored_tensors(const Olmoe& model) {
@@ -137,6 +180,14 @@ std::unique_ptr<Olmoe> declare_model(const OlmoeConfig& config, const std::vecto
                                            .q_norm = declared({d}),
                                            .k_norm = declared({kv})},
                              .moe = declare_layer(config, shape)});
+  }
+  for (size_t l = 0; l < layers.size(); ++l) {
+    for (size_t j = 0; j < layers[l].borrowed.size(); ++j) {
+      const BankRef& from = layers[l].borrowed[j];
+      if (from.layer < 0) continue;
+      const MoeLayer& owner = model->blocks[static_cast<size_t>(from.layer)].moe;
+      model->blocks[l].moe.experts[j] = owner.experts[static_cast<size_t>(from.entry)];
+    }
   }
   model->final_norm = declared({d});
   model->lm_head = config.tie_word_embeddings ? model->embedding : declared({config.vocab_size, d});

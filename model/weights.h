@@ -22,6 +22,8 @@ struct StoredTensor {
   Tensor view(const Tensor& whole) const { return whole.slice(first_row, first_row + rows); }
   std::vector<int64_t> shape() const;
 };
+// The slot tables, with experts that lie in several banks owned by the lowest layer.
+std::vector<LayerShape> shapes_of(const Olmoe& model);
 // Whether every layer is stock and the config has no "lightmoe" object. Else all layers of the checkpoint have bank names.
 bool is_plain(const Olmoe& model);
 // In a fixed order, that of Olmoe::parameters(). A tied head is not stored.

@@ -9,7 +9,6 @@
 
 #include "compress/expert_scores.h"
 #include "compress/exporter.h"
-#include "compress/recover.h"
 #include "tests/support/compression.h"
 #include "tests/support/testing.h"
 
@@ -159,32 +158,7 @@ TEST(Pruning, DemoLoss) {
 }
 
 // LoRA on the survivors with as many trainable parameters as LightMoE has, merged afterwards: nothing grows.
-TEST(Pruning, RecoversAtTheSameSize) {
-  const CompressionGround& ground = CompressionGround::golden();
-  const TempDir where;
-  const CompressionRecord record = ground.compress("reap", .5, where / "out");
-  const ModelSize size = model_size(read_config(ground.model));
-  const auto target = static_cast<double>(lightmoe_trainable(size, 2, 2));
-  EXPECT_NEAR(static_cast<double>(record.trainable_parameters), target, .05 * target);
-  Recovery recovery(where / "out", ground.model, 4, {});
-  int64_t trainable = 0;
-  for (const ParameterPtr& p : recovery.model().parameters()) trainable += p->trainable ? p->value.numel() : 0;
-  EXPECT_EQ(trainable, record.trainable_parameters);
-  DataStream data(ground.calibration, {.rows = 1, .length = 40});
-  TrainableOlmoe model(recovery.model());
-  TrainerOptions options;
-  options.steps = 4;
-  options.schedule = {.kind = ScheduleKind::kConstant, .peak_lr = 3e-3, .total_steps = 4};
-  options.progress.quiet = true;
-  const double before = ground.loss(recovery.model());
-  train(model, data, options, recovery.hooks(DType::kF32));
-  EXPECT_LT(ground.loss(recovery.model()), before);
-  recovery.finish();
-  std::filesystem::create_directories(where / "saved");
-  recovery.save(where / "saved", DType::kF32, nullptr);
-  EXPECT_EQ(Checkpoint(where / "saved").total_bytes(), record.stored_bytes);
-  EXPECT_NEAR(ground.loss(where / "saved"), ground.loss(recovery.model()), 1e-5);
-}
+TEST(Pruning, RecoversAtTheSameSize) { testing::expect_recovers("reap", .5, 0); }
 
 }  // namespace
 }  // namespace lightmoe

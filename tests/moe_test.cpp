@@ -38,6 +38,26 @@ const std::vector<LayerSpec> kSpecs{
      .frozen_experts = {0}},
     {.name = "zero base without adapter", .expert_of_slot = {0, 1, 1, 2, 0}, .zero_experts = {1}},
     {.name = "removed slots", .expert_of_slot = {0, -1, 1, 2, -1, 3, 4}},
+    {.name = "constants beside experts",
+     .expert_of_slot = {0, -1, 1, -1, 0, -1},
+     .constant_of_slot = {-1, 0, -1, 1, -1, 0}},
+    {.name = "constants and adapters",
+     .expert_of_slot = {0, -1, 1, 0, -1},
+     .rank_of_slot = {2, 0, 2, 2, 0},
+     .constant_of_slot = {-1, 1, -1, -1, 0}},
+    {.name = "latents of two projections",
+     .expert_of_slot = {-1, -1, -1, -1, -1},
+     .projection_of_slot = {0, 1, 0, 0, 1}},
+    {.name = "latents with adapters beside experts",
+     .expert_of_slot = {0, -1, -1, 1, -1, 0},
+     .rank_of_slot = {2, 2, 0, 2, 2, 0},
+     .projection_of_slot = {-1, 0, 1, -1, 0, -1}},
+    {.name = "every kind at once",
+     .expert_of_slot = {0, -1, -1, -1, 0, 1, -1},
+     .rank_of_slot = {0, 0, 0, 1, 0, 1, 0},
+     .constant_of_slot = {-1, 0, -1, -1, -1, -1, -1},
+     .projection_of_slot = {-1, -1, 0, 0, -1, -1, -1},
+     .latent_size = 1},
     {.name = "annealing at one half",
      .expert_of_slot = {0, 1, 2, 1, 2, 1},
      .rank_of_slot = {2, 2, 2, 2, 2, 2},
@@ -74,7 +94,7 @@ const std::vector<LayerSpec> kSpecs{
 std::vector<int32_t> live_slots(const MoeLayer& layer) {
   std::vector<int32_t> live;
   for (size_t s = 0; s < layer.slots.size(); ++s) {
-    if (layer.slots[s].kind == SlotKind::kExpert) live.push_back(static_cast<int32_t>(s));
+    if (layer.slots[s].kind != SlotKind::kRemoved) live.push_back(static_cast<int32_t>(s));
   }
   return live;
 }
@@ -220,17 +240,38 @@ TEST(MoeSlots, RemovedSlotsAreNeverChosen) {
   EXPECT_FALSE(removed_mask(make_layer(kSpecs[0], DType::kF32, DType::kF32, 9)).defined());
 }
 
-TEST(MoeSlots, UnsupportedKindsAreRefusedByName) {
-  MoeLayer layer = make_layer({.name = "", .expert_of_slot = {0, 1, 2}}, DType::kF32, DType::kF32, 10);
-  const Inputs in = make_inputs(layer, 3, {0, 1, 2}, 2, DType::kF32);
-  layer.slots[1] = {.kind = SlotKind::kConstant, .constant = 0};
-  try {
-    forward(layer, in);
-    FAIL() << "a constant slot ran";
-  } catch (const Error& e) {
-    EXPECT_EQ(e.kind(), ErrorKind::kInput);
-    EXPECT_NE(std::string(e.what()).find("slot 1 is of kind constant"), std::string::npos) << e.what();
+// The shared projection of a group runs once per token, however many of its latents the token chose; a token whose slots are all
+// constants runs nothing.
+TEST(MoeSlots, ATokenOfConstantsAloneIsTheirGatedSum) {
+  const MoeLayer layer = make_layer({.name = "", .expert_of_slot = {0, -1, -1}, .constant_of_slot = {-1, 0, 1}},
+                                    DType::kF64, DType::kF64, 10);
+  const Inputs in = make_inputs(layer, 4, {1, 2}, 2, DType::kF64);
+  const Tensor y = forward(layer, in);
+  const std::vector<double> c = testing::to_doubles(layer.constants->value), g = testing::to_doubles(in.gates.value);
+  for (int64_t t = 0; t < 4; ++t) {
+    for (int64_t d = 0; d < 12; ++d) {
+      double expected = 0;
+      for (int64_t k = 0; k < 2; ++k) {
+        const int64_t row = layer.slots[static_cast<size_t>(in.slots.data<int32_t>()[t * 2 + k])].constant;
+        expected += g[static_cast<size_t>(t * 2 + k)] * c[static_cast<size_t>(row * 12 + d)];
+      }
+      EXPECT_NEAR(y.data<double>()[t * 12 + d], expected, 1e-14);
+    }
   }
+}
+
+// One expert in the banks of two layers: gradients of both add up in the one parameter.
+TEST(MoeSlots, AnExpertMayBelongToTwoLayers) {
+  MoeLayer a = make_layer({.name = "", .expert_of_slot = {0, 1, 2}}, DType::kF64, DType::kF64, 11);
+  MoeLayer b = make_layer({.name = "", .expert_of_slot = {0, 1, 2}}, DType::kF64, DType::kF64, 12);
+  b.experts[1] = a.experts[2];
+  const Inputs in = make_inputs(a, 7, {0, 1, 2}, 2, DType::kF64);
+  const auto loss = [&](Tape& tape) {
+    const Var middle = moe_experts(tape, in.x, a, in.slots, in.gates, {});
+    return dot_loss(tape, moe_experts(tape, middle, b, in.slots, in.gates, {}), in.dy);
+  };
+  const GradCheckReport report = check_gradients(loss, {in.x}, {a.experts[2].gate_up, a.experts[2].down}, 16);
+  EXPECT_LT(report.worst, 1e-7) << report.where;
 }
 
 TEST(MoeMemory, FrozenLayersKeepNothing) {

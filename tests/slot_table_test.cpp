@@ -77,6 +77,73 @@ TEST(SlotTable, RefusesWhatDoesNotFit) {
   refused("/layers/1/slots", 7, "is missing");
 }
 
+// Layer 0: constants and an expert; layer 1: latents of two projections, and layer 0's expert.
+std::vector<LayerShape> every_kind() {
+  LayerShape first, second;
+  first.slots = {Slot{.expert = 0}, Slot{.kind = SlotKind::kConstant, .constant = 1},
+                 Slot{.kind = SlotKind::kConstant, .constant = 0}, Slot{.kind = SlotKind::kRemoved}};
+  first.zero_expert = {0};
+  first.constants = 2;
+  second.slots = {Slot{.kind = SlotKind::kLatent, .latent = 0},
+                  Slot{.kind = SlotKind::kLatent, .adapter = 0, .latent = 1}, Slot{.expert = 0}, Slot{.expert = 0}};
+  second.zero_expert = {0};
+  second.adapter_rank = {2};
+  second.borrowed = {{.layer = 0, .entry = 0}};
+  second.latent_size = 5, second.projections = 2, second.latent_projection = {1, 0};
+  return {first, second};
+}
+
+TEST(SlotTable, EveryKindSurvivesTheRoundTrip) {
+  OlmoeConfig config = small_config();
+  config.hidden_size = 8;
+  const std::vector<LayerShape> layers = every_kind();
+  const std::vector<LayerShape> read =
+      slot_tables_from_json(Json::parse(slot_tables_to_json(layers, nullptr).dump()), config, "config.json");
+  for (size_t l = 0; l < 2; ++l) {
+    expect_equal(read[l], layers[l]);
+    EXPECT_EQ(read[l].constants, layers[l].constants);
+    EXPECT_EQ(read[l].latent_size, layers[l].latent_size);
+    EXPECT_EQ(read[l].projections, layers[l].projections);
+    EXPECT_EQ(read[l].latent_projection, layers[l].latent_projection);
+    for (size_t s = 0; s < 4; ++s) {
+      EXPECT_EQ(read[l].slots[s].constant, layers[l].slots[s].constant);
+      EXPECT_EQ(read[l].slots[s].latent, layers[l].slots[s].latent);
+    }
+  }
+  EXPECT_TRUE(read[0].stores(0));
+  EXPECT_FALSE(read[1].stores(0));
+}
+
+TEST(SlotTable, EveryKindIsChecked) {
+  OlmoeConfig config = small_config();
+  config.hidden_size = 8;
+  const Json good = slot_tables_to_json(every_kind(), nullptr);
+  const auto refused = [&](const char* pointer, const Json& value, const char* message) {
+    Json bad = good;
+    bad[Json::json_pointer(pointer)] = value;
+    try {
+      slot_tables_from_json(bad, config, "c");
+      ADD_FAILURE() << pointer << " = " << value << " was accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kInput);
+      EXPECT_NE(std::string(error.what()).find(message), std::string::npos) << error.what();
+    }
+  };
+  refused("/layers/0/constants", 5, "expected 1 to 4");
+  refused("/layers/0/slots/constant/1", 2, "constant holds 2, expected 0 to 1");
+  refused("/layers/0/slots/constant", Json::array({0}), "slots.constant has 1 entries");
+  refused("/layers/1/latents/size", 9, "expected 1 to 8");
+  refused("/layers/1/latents/projection/0", 2, "expected 0 to 1");
+  refused("/layers/1/latents/projection", Json::array(), "0 latents");
+  refused("/layers/1/slots/latent/0", 2, "expected 0 to 1");
+  refused("/layers/1/borrowed/0", Json::array({0, 1, 0}), "borrowed (layer) holds 1");  // itself
+  refused("/layers/1/borrowed/0", Json::array({0, 0, 1}), "borrowed (entry there) holds 1");
+  refused("/layers/1/borrowed/0", 3, "expected [entry, layer, entry there]");
+  refused("/layers/0/slots/kind/0", "latent", "\"latent\" is missing");
+  refused("/layers/1/slots/kind/0", "constant", "\"constant\" is missing");
+  refused("/layers/1/slots/adapter/2", 0, "slots of two experts");
+}
+
 TEST(SlotTable, NamesTensors) {
   EXPECT_EQ(expert_tensor_name(3, 5, ExpertMatrix::kGate), "model.layers.3.mlp.experts.5.gate_proj.weight");
   EXPECT_EQ(bank_tensor_name(0, 11, ExpertMatrix::kDown), "model.layers.0.mlp.bank.11.down_proj.weight");

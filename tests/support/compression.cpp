@@ -5,6 +5,7 @@
 
 #include "compress/calibrate.h"
 #include "compress/exporter.h"
+#include "compress/recover.h"
 #include "compress/weights.h"
 #include "demo/disjoint.h"
 #include "loaders/tokenizer.h"
@@ -50,7 +51,12 @@ Batch packed(const std::vector<Document>& documents) {
 
 CompressionGround::CompressionGround(fs::path where, std::vector<Document> seen, std::vector<Document> unseen)
     : model(std::move(where)), calibration(std::move(seen)), held_out(std::move(unseen)) {
-  const CalibrateOptions options{.tokens = 2048, .length = 64, .batch_tokens = 1024, .all_outputs = true};
+  const CalibrateOptions options{.tokens = 2048,
+                                 .length = 64,
+                                 .batch_tokens = 1024,
+                                 .sample_tokens = 1024,
+                                 .all_outputs = true,
+                                 .sample_inputs = true};
   statistics = calibrate(*load_model(model, DType::kF32), calibration_set(calibration, options),
                          model_fingerprint(Checkpoint(model)), options);
   save_statistics(statistics, directory_ / "statistics.safetensors");
@@ -165,6 +171,38 @@ void expect_export_is_the_same(const std::string& method, double ratio) {
   EXPECT_EQ(read_config(where / "stock").lightmoe_json, "");
   EXPECT_TRUE(verify_model(where / "stock").ok());
   EXPECT_TRUE(close(ground.logits(where / "stock"), to_doubles(ground.logits(where / "out")), 2e-5));
+}
+
+void expect_recovers(const std::string& method, double ratio, int64_t slack_bytes) {
+  SCOPED_TRACE(method);
+  const CompressionGround& ground = CompressionGround::golden();
+  const TempDir where;
+  const CompressionRecord record = ground.compress(method, ratio, where / "out");
+  if (find_method(method).trainable == Trainable::kAdapters) {
+    const auto target = static_cast<double>(lightmoe_trainable(model_size(read_config(ground.model)), 2, 2));
+    EXPECT_NEAR(static_cast<double>(record.trainable_parameters), target, .2 * target);  // ranks are whole numbers
+  }
+  Recovery recovery(where / "out", ground.model, 4, {});
+  int64_t trainable = 0;
+  for (const ParameterPtr& p : recovery.model().parameters()) trainable += p->trainable ? p->value.numel() : 0;
+  EXPECT_EQ(trainable, record.trainable_parameters);
+  DataStream data(ground.calibration, {.rows = 1, .length = 40});
+  TrainableOlmoe model(recovery.model());
+  TrainerOptions options;
+  options.steps = 4;
+  options.schedule = {.kind = ScheduleKind::kConstant, .peak_lr = 3e-3, .total_steps = 4};
+  options.progress.quiet = true;
+  const double before = ground.loss(recovery.model());
+  train(model, data, options, recovery.hooks(DType::kF32));
+  EXPECT_LT(ground.loss(recovery.model()), before);
+  recovery.finish();
+  fs::create_directories(where / "saved");
+  recovery.save(where / "saved", DType::kF32, nullptr);
+  const int64_t bytes = Checkpoint(where / "saved").total_bytes();
+  EXPECT_LE(bytes, record.stored_bytes + slack_bytes);
+  const RecoveryEstimate estimate = estimate_recovery(where / "out", {}, DType::kF32, 40, Recompute::kNone);
+  EXPECT_EQ(bytes, estimate.stored_bytes);
+  EXPECT_NEAR(ground.loss(where / "saved"), ground.loss(recovery.model()), 1e-5);
 }
 
 }  // namespace lightmoe::testing

@@ -46,5 +46,8 @@ void expect_identity_at_zero(const std::string& method);
 void expect_bytes_saved(const std::string& method, double ratio, int64_t slack_bytes = 0);
 // Exported to a stock directory, the function is the same.
 void expect_export_is_the_same(const std::string& method, double ratio);
+// A few steps on the golden model: what trains is what the record says (for adapters: LightMoE's number), the loss falls, and what is
+// saved is the same function at no more than the compressed size plus the slack.
+void expect_recovers(const std::string& method, double ratio, int64_t slack_bytes);
 
 }  // namespace lightmoe::testing

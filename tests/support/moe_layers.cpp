@@ -71,11 +71,32 @@ void add_adapter(const Adapter& a, Sizes n, DenseSlot* slot) {
   add(&slot->down, product(to_doubles(a.b_down->value), to_doubles(a.a_down->value), n.d, r, n.f));
 }
 
+// The halves of a projection: gate rows, then up rows.
+std::pair<Matrix, Matrix> halves_of(const Tensor& both) {
+  const Matrix all = to_doubles(both);
+  const auto middle = all.begin() + static_cast<std::ptrdiff_t>(all.size() / 2);
+  return {Matrix(all.begin(), middle), Matrix(middle, all.end())};
+}
+
+void add_latent(const MoeLayer& layer, const Latent& latent, Sizes n, DenseSlot* slot) {
+  const Tensor& projection = layer.projections[static_cast<size_t>(latent.projection)]->value;
+  const int64_t m = projection.dim(0) / 2;
+  const auto [b_gate, b_up] = halves_of(projection);
+  Matrix both = product(to_doubles(latent.a_gate->value), b_gate, n.f, m, n.d);
+  const Matrix up = product(to_doubles(latent.a_up->value), b_up, n.f, m, n.d);
+  both.insert(both.end(), up.begin(), up.end());
+  add(&slot->gate_up, both);
+  add(&slot->down, to_doubles(latent.down->value));
+}
+
 DenseSlot densify(const MoeLayer& layer, size_t s, Sizes n) {
   DenseSlot slot{Matrix(static_cast<size_t>(2 * n.f * n.d), 0), Matrix(static_cast<size_t>(n.d * n.f), 0), {}, {}};
   const Expert* original = nullptr;
   const double beta = original_share(layer, s, &original);
-  const Expert& bank = layer.experts[static_cast<size_t>(layer.slots[s].expert)];
+  if (layer.slots[s].kind == SlotKind::kLatent)
+    add_latent(layer, layer.latents[static_cast<size_t>(layer.slots[s].latent)], n, &slot);
+  const Expert bank =
+      layer.slots[s].kind == SlotKind::kLatent ? Expert{} : layer.experts[static_cast<size_t>(layer.slots[s].expert)];
   if (bank.gate_up != nullptr) {
     add(&slot.gate_up, to_doubles(bank.gate_up->value), 1 - beta);
     add(&slot.down, to_doubles(bank.down->value), 1 - beta);
@@ -135,6 +156,7 @@ MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uin
   };
   MoeLayer layer;
   layer.router = random_parameter("router", {slots, d}, dtype, seed++);
+  const auto named = [](const std::vector<int32_t>& list, size_t s) { return list.empty() ? -1 : list[s]; };
   const int32_t bank = *std::max_element(spec.expert_of_slot.begin(), spec.expert_of_slot.end()) + 1;
   for (int32_t e = 0; e < bank; ++e) {
     if (contains(spec.zero_experts, e)) {
@@ -151,6 +173,17 @@ MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uin
   for (size_t s = 0; s < spec.expert_of_slot.size(); ++s) {
     Slot slot{.kind = spec.expert_of_slot[s] < 0 ? SlotKind::kRemoved : SlotKind::kExpert,
               .expert = spec.expert_of_slot[s]};
+    if (const int32_t c = named(spec.constant_of_slot, s); c >= 0) {
+      slot = {.kind = SlotKind::kConstant, .constant = c};
+    }
+    if (const int32_t p = named(spec.projection_of_slot, s); p >= 0) {
+      slot = {.kind = SlotKind::kLatent, .latent = static_cast<int32_t>(layer.latents.size())};
+      const auto part = [&](const char* name, const Shape& shape) {
+        return random_parameter(fmt::format("latent {} {}", slot.latent, name), shape, trained_dtype, seed++);
+      };
+      layer.latents.push_back(
+          {part("a_gate", {f, spec.latent_size}), part("a_up", {f, spec.latent_size}), part("down", {d, f}), p});
+    }
     const int64_t r = spec.rank_of_slot.empty() ? 0 : spec.rank_of_slot[s];
     if (r > 0) {
       slot.adapter = static_cast<int32_t>(layer.adapters.size());
@@ -161,6 +194,17 @@ MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uin
                                 part("a_down", {r, f}), part("b_down", {d, r})});
     }
     layer.slots.push_back(slot);
+  }
+  if (!spec.constant_of_slot.empty()) {
+    const int32_t rows = *std::max_element(spec.constant_of_slot.begin(), spec.constant_of_slot.end()) + 1;
+    layer.constants = random_parameter("constants", {rows, d}, trained_dtype, seed++);
+  }
+  if (!spec.projection_of_slot.empty()) {
+    const int32_t count = *std::max_element(spec.projection_of_slot.begin(), spec.projection_of_slot.end()) + 1;
+    for (int32_t p = 0; p < count; ++p) {
+      layer.projections.push_back(
+          random_parameter(fmt::format("projection {}", p), {2 * spec.latent_size, d}, trained_dtype, seed++));
+    }
   }
   for (const int32_t s : spec.annealed_slots) {
     layer.annealed.push_back({s,
@@ -179,15 +223,30 @@ DenseMoe::DenseMoe(const MoeLayer& layer, const Tensor& x_rows, const Tensor& sl
   int64_t width = 0;
   for (const Expert& e : layer.experts) width = e.down != nullptr ? e.down->value.dim(1) : width;
   for (const Adapter& a : layer.adapters) width = a.b_gate->value.dim(0);
+  for (const Latent& latent : layer.latents) width = latent.down->value.dim(1);
+  const Matrix constants = layer.constants != nullptr ? to_doubles(layer.constants->value) : Matrix{};
   const Sizes n{x_rows.dim(1), width};
   std::vector<DenseSlot> dense(layer.slots.size());
   for (size_t s = 0; s < dense.size(); ++s) {
-    if (layer.slots[s].kind == SlotKind::kExpert) dense[s] = densify(layer, s, n);
+    const SlotKind kind = layer.slots[s].kind;
+    if (kind == SlotKind::kExpert || kind == SlotKind::kLatent) dense[s] = densify(layer, s, n);
   }
   y.assign(x.size(), 0), dx.assign(x.size(), 0), dgates.assign(gates.size(), 0);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t k = 0; k < top_k; ++k) {
       const auto pair = static_cast<size_t>(t * top_k + k);
+      const Slot& entry = layer.slots[static_cast<size_t>(slots.data<int32_t>()[pair])];
+      if (entry.kind == SlotKind::kConstant) {
+        Matrix dc(constants.size(), 0);
+        for (int64_t i = 0; i < n.d; ++i) {
+          const auto at = static_cast<size_t>(entry.constant * n.d + i), row = static_cast<size_t>(t * n.d + i);
+          y[row] += gates[pair] * constants[at];
+          dgates[pair] += dys[row] * constants[at];
+          dc[at] = gates[pair] * dys[row];
+        }
+        if (layer.constants->trainable) add(&gradients[layer.constants.get()], dc);
+        continue;
+      }
       DenseSlot* slot = &dense[static_cast<size_t>(slots.data<int32_t>()[pair])];
       const Matrix out = run_slot(slot, n, &x[static_cast<size_t>(t * n.d)], gates[pair],
                                   &dys[static_cast<size_t>(t * n.d)], &dx[static_cast<size_t>(t * n.d)], &dgates[pair]);
@@ -199,10 +258,26 @@ DenseMoe::DenseMoe(const MoeLayer& layer, const Tensor& x_rows, const Tensor& sl
     if (p->trainable) add(&gradients[p.get()], gradient, scale);
   };
   for (size_t s = 0; s < dense.size(); ++s) {
-    if (layer.slots[s].kind != SlotKind::kExpert) continue;
+    const bool is_latent = layer.slots[s].kind == SlotKind::kLatent;
+    if (layer.slots[s].kind != SlotKind::kExpert && !is_latent) continue;
     const Expert* original = nullptr;
     const double share = 1 - original_share(layer, s, &original);
-    const Expert& bank = layer.experts[static_cast<size_t>(layer.slots[s].expert)];
+    if (is_latent) {
+      const Latent& latent = layer.latents[static_cast<size_t>(layer.slots[s].latent)];
+      const ParameterPtr& projection = layer.projections[static_cast<size_t>(latent.projection)];
+      const int64_t m = projection->value.dim(0) / 2, half = n.f * n.d;
+      const Matrix dgate(dense[s].dgate_up.begin(), dense[s].dgate_up.begin() + half),
+          dup(dense[s].dgate_up.begin() + half, dense[s].dgate_up.end());
+      const auto [b_gate, b_up] = halves_of(projection->value);
+      put(latent.a_gate, product(dgate, transposed(b_gate, m, n.d), n.f, n.d, m));
+      put(latent.a_up, product(dup, transposed(b_up, m, n.d), n.f, n.d, m));
+      put(latent.down, dense[s].ddown);
+      Matrix db = product(transposed(to_doubles(latent.a_gate->value), n.f, m), dgate, m, n.f, n.d);
+      const Matrix db_up = product(transposed(to_doubles(latent.a_up->value), n.f, m), dup, m, n.f, n.d);
+      db.insert(db.end(), db_up.begin(), db_up.end());
+      put(projection, db);
+    }
+    const Expert bank = is_latent ? Expert{} : layer.experts[static_cast<size_t>(layer.slots[s].expert)];
     if (bank.gate_up != nullptr) put(bank.gate_up, dense[s].dgate_up, share), put(bank.down, dense[s].ddown, share);
     if (layer.slots[s].adapter < 0) continue;
     const Adapter& a = layer.adapters[static_cast<size_t>(layer.slots[s].adapter)];

@@ -13,12 +13,15 @@ namespace lightmoe::testing {
 struct LayerSpec {
   const char* name = "";
   int64_t hidden = 12, width = 10;      // D, F
-  std::vector<int32_t> expert_of_slot;  // -1 = removed
+  std::vector<int32_t> expert_of_slot;  // -1 = removed, or one of the other kinds below
   std::vector<int64_t> rank_of_slot;    // 0 = no adapter; empty = none at all
   std::vector<int32_t> zero_experts;    // W = 0
   std::vector<int32_t> annealed_slots;
   double beta = 0;
   std::vector<int32_t> frozen_experts;
+  std::vector<int32_t> constant_of_slot;    // row of the constants, -1 = not a constant; empty = none at all
+  std::vector<int32_t> projection_of_slot;  // of a latent of the slot's own, -1 = not a latent; empty = none at all
+  int64_t latent_size = 3;
 };
 
 inline void PrintTo(const LayerSpec& spec, std::ostream* out) { *out << spec.name; }
