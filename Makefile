@@ -109,9 +109,10 @@ $(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call objects,$(TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
+DEVICE_TEST_SUPPORT := $(addprefix tests/support/,testing.cpp gemm_checks.cpp main.cpp)
 DEVICE_TESTS := $(shell grep -l "tests/support/devices.h" tests/*.cpp)
 MODEL_DEVICE_TESTS := $(shell grep -l '"model/' $(DEVICE_TESTS))
-DEVICE_TEST_SOURCES := $(filter-out $(MODEL_DEVICE_TESTS),$(DEVICE_TESTS)) $(wildcard tests/*.cu) tests/support/testing.cpp tests/support/main.cpp
+DEVICE_TEST_SOURCES := $(filter-out $(MODEL_DEVICE_TESTS),$(DEVICE_TESTS)) $(wildcard tests/*.cu) $(DEVICE_TEST_SUPPORT)
 $(BUILD)/device-tests: $(call objects,$(filter runtime/% kernels/%,$(LIBRARY_SOURCES)) $(DEVICE_TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
@@ -155,7 +156,7 @@ sim-check:
 	@$(MAKE) --no-print-directory sim-race SIM_SEEDS="0 1 2"
 	@$(MAKE) --no-print-directory sim-asan SIM_SEEDS="1"
 # Whole models on every device.
-$(BUILD)/model-device-tests: $(LIBRARY_OBJECTS) $(call objects,$(MODEL_DEVICE_TESTS) tests/support/testing.cpp tests/support/main.cpp)
+$(BUILD)/model-device-tests: $(LIBRARY_OBJECTS) $(call objects,$(MODEL_DEVICE_TESTS) $(DEVICE_TEST_SUPPORT))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # Each demo/*.cpp is a small program of its own (generators of the demo's data).

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "runtime/parallel.h"
+#include "tests/support/devices.h"
 #include "tests/support/gemm_checks.h"
 
 namespace lightmoe {
