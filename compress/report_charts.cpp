@@ -206,7 +206,7 @@ std::string gate_heat_map(const Report& report, const ReportTask& task, const st
   const auto first = replaced_at(report, task.name, method, ratios);
   const size_t layers = task.gate_scores.size(), slots = task.gate_scores[0].size();
   const double cell = std::clamp(900. / static_cast<double>(slots), 12., 24.), left = 64, top = 8;
-  const double width = left + cell * static_cast<double>(slots) + 130,
+  const double width = left + cell * static_cast<double>(slots) + 160,
                height = top + cell * static_cast<double>(layers) + 24;
   Svg svg(width, height, fmt::format("{}: gate mass of each expert per layer", task.title));
   // Darkness grows with the share of the layer's gate mass relative to an even one; four times even is the darkest.
