@@ -123,7 +123,8 @@ struct Sizes {
 template <class Op>
 Sizes sizes_of(const Op& op, const char* name) {
   if (op.probs[0].dtype() != DType::kF32) unsupported_dtype(name, op.probs[0].dtype());
-  require(op.probs[0].numel() < int64_t{1} << 31, "{}: probs {} in one call", name, op.probs[0].shape());
+  // NOTE: no Shape in a message here: fmt's formatting of one is constexpr, and nvcc takes its long double for device code.
+  require(op.probs[0].numel() < int64_t{1} << 31, "{}: {} probs in one call", name, op.probs[0].numel());
   const int rows = static_cast<int>(op.probs[0].dim(0));
   return {.rows = rows,
           .count = static_cast<int>(op.probs[0].dim(1)),
