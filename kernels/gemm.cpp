@@ -101,7 +101,7 @@ std::vector<GemmBackend>& backends() {
 
 using PickKey = std::tuple<int, int, int, int, int, int, bool, bool, bool, int64_t, int64_t, int64_t, int64_t, int,
                            std::string_view, std::string_view>;
-constexpr size_t kMaxPicks = 4096;  // evaluation meets a new row count with every text
+constexpr size_t kMaxPicks = 65536;  // evaluation meets a new row count with every text; some MB at the very most
 
 struct Choice {
   std::mutex mutex;
