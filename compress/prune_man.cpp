@@ -1,27 +1,13 @@
 // MAN, mean activation norm (the score family of arXiv 2606.15716): S_j = mean of ||f_j(x)|| over the tokens routed to j. The best of
 // six scores for OLMoE in that paper's suite with generation (25 % removed).  Published: the score. Changed: nothing.
 
-#include "compress/expert_scores.h"
 #include "compress/pruning.h"
 
 namespace lightmoe {
 namespace {
 
-Plan plan(const MethodInput& input) {
-  return plan_pruning(input, [&](int64_t layer) {
-    return expert_scores(input.statistics.layers[static_cast<size_t>(layer)], {.mean = 1, .gate = 0, .norm = 1});
-  });
-}
-
-const RegisterMethod method{{.name = "man",
-                             .summary = "prune by the mean norm of the experts' outputs",
-                             .paper = "2606.15716",
-                             .slots = "removed",
-                             .plan = &plan,
-                             .trainable = Trainable::kAdapters,
-                             .needs = Needs::kSums,
-                             .train_free = true,
-                             .compresses = true}};
+const RegisterMethod method{prune_by_score<ScoreExponents{.mean = 1, .gate = 0, .norm = 1}>(
+    "man", "prune by the mean norm of the experts' outputs", "2606.15716")};
 
 }  // namespace
 }  // namespace lightmoe

@@ -3,27 +3,13 @@
 // Published: the score, and fine-tuning with an entropy penalty on the gates so that fewer experts can be chosen. Our reading: gates as
 // the model gives them. Changed: recovery is the common one (LoRA); the entropy penalty and the smaller K are not part of this.
 
-#include "compress/expert_scores.h"
 #include "compress/pruning.h"
 
 namespace lightmoe {
 namespace {
 
-Plan plan(const MethodInput& input) {
-  return plan_pruning(input, [&](int64_t layer) {
-    return expert_scores(input.statistics.layers[static_cast<size_t>(layer)], {.mean = 0, .gate = 1, .norm = 0});
-  });
-}
-
-const RegisterMethod method{{.name = "seer",
-                             .summary = "prune the experts of the least gate mass (soft count)",
-                             .paper = "2404.05089",
-                             .slots = "removed",
-                             .plan = &plan,
-                             .trainable = Trainable::kAdapters,
-                             .needs = Needs::kSums,
-                             .train_free = true,
-                             .compresses = true}};
+const RegisterMethod method{prune_by_score<ScoreExponents{.mean = 0, .gate = 1, .norm = 0}>(
+    "seer", "prune the experts of the least gate mass (soft count)", "2404.05089")};
 
 }  // namespace
 }  // namespace lightmoe

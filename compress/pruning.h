@@ -6,6 +6,7 @@
 
 #include <functional>
 
+#include "compress/expert_scores.h"
 #include "compress/registry.h"
 
 namespace lightmoe {
@@ -13,6 +14,25 @@ namespace lightmoe {
 // [E] of one layer, higher = more worth keeping.
 using ScoreFunction = std::function<std::vector<double>(int64_t layer)>;
 Plan plan_pruning(const MethodInput& input, const ScoreFunction& scores);
+
+// A method whose score is one of the family over the calibration's sums (compress/expert_scores.h): all that its file says.
+template <ScoreExponents kScore>
+Method prune_by_score(std::string name, std::string summary, std::string paper) {
+  const auto plan = [](const MethodInput& input) {
+    return plan_pruning(input, [&](int64_t layer) {
+      return expert_scores(input.statistics.layers[static_cast<size_t>(layer)], kScore);
+    });
+  };
+  return {.name = std::move(name),
+          .summary = std::move(summary),
+          .paper = std::move(paper),
+          .slots = "removed",
+          .plan = plan,
+          .trainable = Trainable::kAdapters,
+          .needs = Needs::kSums,
+          .train_free = true,
+          .compresses = true};
+}
 
 // Slots by descending score, ties the higher slot first (the lower one goes first).
 std::vector<int32_t> by_descending_score(const std::vector<double>& scores);

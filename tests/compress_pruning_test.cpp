@@ -78,6 +78,27 @@ TEST(Pruning, PlansByHand) {
                                   [&] { find_method("frequency").plan(input); }));
 }
 
+// Six experts, each the worst by one score alone, so that a name which stands for another's score is seen.
+TEST(Pruning, NamesMeanTheirScores) {
+  OlmoeConfig config = tiny_config();
+  config.num_experts = 6;
+  Statistics statistics = empty_statistics(1, 6, 4, false);
+  statistics.tokens = 40;
+  LayerStatistics& l = statistics.layers[0];
+  l.count = {5, 10, 10, 20, 10, 10};
+  l.gate_mass = {10, 5, 10, 10, 10, 10};
+  l.output_norm = {10, 10, 9, 11, 10, 10};
+  l.output_norm2 = {10, 10, 10, 20, 5, 10};
+  l.gate_output_norm = {10, 10, 10, 20, 10, 5};
+  MethodOptions options;
+  options.budget = {BudgetKind::kExpertsPerLayer, 5};
+  const std::vector<std::string> names = {"frequency", "seer", "ean", "man", "msan", "reap"};
+  for (size_t i = 0; i < names.size(); ++i) {
+    const Plan plan = find_method(names[i]).plan({.config = config, .statistics = statistics, .options = options});
+    EXPECT_EQ(plan.layers[0].replaced, (std::vector<int32_t>{static_cast<int32_t>(i)})) << names[i];
+  }
+}
+
 TEST(Pruning, RefusesWhatLeavesTheRouterNoChoice) {
   const OlmoeConfig config = tiny_config();
   const Statistics statistics = uniform_statistics(1, 4, 4);
