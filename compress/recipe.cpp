@@ -172,6 +172,26 @@ void resolve_methods(Recipe& recipe, const Choice& choice, TomlReader& root, con
   }
 }
 
+// [[task]]: all are read, the chosen ones are kept.
+void read_tasks(TomlReader& root, const Choice& choice, Recipe& recipe) {
+  std::vector<std::string> names;
+  for (const toml::node& node : *root.tables("task")) {
+    RecipeTask task = read_task(*node.as_table(), root.file());
+    if (std::find(names.begin(), names.end(), task.name) != names.end())
+      root.fail_at("task", "\"" + task.name + "\" stands twice");
+    names.push_back(task.name);
+    const bool chosen =
+        choice.tasks.empty() || std::find(choice.tasks.begin(), choice.tasks.end(), task.name) != choice.tasks.end();
+    if (chosen) recipe.tasks.push_back(std::move(task));
+  }
+  for (const std::string& name : choice.tasks) {
+    if (std::find(names.begin(), names.end(), name) != names.end()) continue;
+    const std::string near = nearest(name, names);
+    root.fail_at("task",
+                 fmt::format("there is no task \"{}\"{}", name, near.empty() ? "" : "; did you mean " + near + "?"));
+  }
+}
+
 }  // namespace
 
 Recipe read_recipe(const std::string& file, bool short_form) {
@@ -218,22 +238,7 @@ Recipe read_recipe(const std::string& file, bool short_form) {
     in.finish();
   }
   resolve_methods(recipe, choice, root, common);
-  std::vector<std::string> names;
-  for (const toml::node& node : *root.tables("task")) {
-    RecipeTask task = read_task(*node.as_table(), file);
-    if (std::find(names.begin(), names.end(), task.name) != names.end())
-      root.fail_at("task", "\"" + task.name + "\" stands twice");
-    names.push_back(task.name);
-    const bool chosen =
-        choice.tasks.empty() || std::find(choice.tasks.begin(), choice.tasks.end(), task.name) != choice.tasks.end();
-    if (chosen) recipe.tasks.push_back(std::move(task));
-  }
-  for (const std::string& name : choice.tasks) {
-    if (std::find(names.begin(), names.end(), name) != names.end()) continue;
-    const std::string near = nearest(name, names);
-    root.fail_at("task",
-                 fmt::format("there is no task \"{}\"{}", name, near.empty() ? "" : "; did you mean " + near + "?"));
-  }
+  read_tasks(root, choice, recipe);
   root.finish();
   return recipe;
 }
