@@ -108,6 +108,13 @@ $(BUILD)/lightmoe-bench: $(LIBRARY_OBJECTS) $(call objects,$(BENCH_SOURCES))
 $(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call objects,$(TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
+# GEMM plug-ins that tests load: tests/plugins/*.c.
+TEST_PLUGINS := $(patsubst tests/plugins/%.c,$(BUILD)/plugins/%.so,$(wildcard tests/plugins/*.c))
+$(BUILD)/lightmoe-tests: | $(TEST_PLUGINS)
+$(BUILD)/plugins/%.so: tests/plugins/%.c kernels/plugin/lightmoe_gemm.h $(wildcard kernels/plugin/example/*.c)
+	@mkdir -p $(@D)
+	@echo "  CC   $<"
+	@$(CC) -std=c11 -O2 -ffp-contract=off -Wall -Wextra -Werror -Ikernels/plugin -fPIC -shared -fvisibility=hidden $< -o $@
 # Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
 DEVICE_TEST_SUPPORT := $(addprefix tests/support/,testing.cpp gemm_checks.cpp main.cpp)
 DEVICE_TESTS := $(shell grep -l "tests/support/devices.h" tests/*.cpp)

@@ -10,7 +10,7 @@
 
 #include "cli/config_file.h"
 #include "cli/verb.h"
-#include "kernels/gemm.h"
+#include "kernels/gemm_plugin.h"
 #include "runtime/error.h"
 #include "runtime/nearest.h"
 #include "runtime/parallel.h"
@@ -41,7 +41,9 @@ void add_common(CLI::App& app, Common& common) {
       ->group(group)
       ->capture_default_str();
   app.add_option("--threads", common.threads, "threads (0 = all cores)")->group(group)->capture_default_str();
-  app.add_option("--gemm", common.gemm, "GEMM backend by name, or auto")->group(group)->capture_default_str();
+  app.add_option("--gemm", common.gemm, "GEMM backend by name, auto, or a plug-in (./my_gemm.so)")
+      ->group(group)
+      ->capture_default_str();
   app.add_flag("--gemm-picks", common.gemm_picks, "print which backend each shape got, on stderr")->group(group);
   app.add_option("--trace", common.trace, "write a timeline (Chrome-trace JSON) to this file")->group(group);
   app.add_flag("--log-json", common.log_json, "errors as one JSON object on stderr")->group(group);
@@ -55,7 +57,7 @@ void apply_common(const Common& common) {
   check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage, "--threads {}: expected 0 to 4096",
         common.threads);
   if (common.threads > 0) omp_set_num_threads(common.threads);
-  force_gemm_backend(common.gemm);
+  force_gemm_backend(is_gemm_plugin_path(common.gemm) ? use_gemm_plugin(common.gemm) : std::string_view(common.gemm));
   if (!common.trace.empty()) trace_start();
 }
 

@@ -196,20 +196,50 @@ std::vector<std::string> gemm_picks() {
   return choice().lines;
 }
 
+GemmDesc describe(const Gemm& op) {
+  GemmDesc desc = describe(GemmKind::kDense, op.a, op.b, op.c, op.compute);
+  desc.trans_a = op.trans_a, desc.trans_b = op.trans_b;
+  desc.m = op.c.dim(0), desc.n = op.b.dim(op.trans_b ? 0 : 1), desc.k = op.b.dim(op.trans_b ? 1 : 0);
+  align(desc, op.a, op.a_column), align(desc, op.b, 0);
+  return desc;
+}
+
+GemmDesc describe(const GroupedGemmM& op) {
+  const Tensor& b = *std::find_if(op.b.begin(), op.b.end(), [](const Tensor& t) { return t.defined(); });
+  GemmDesc desc = describe(GemmKind::kGroupedM, op.a, b, op.c, op.compute);
+  desc.trans_b = op.trans_b, desc.gather = op.a_rows.defined(), desc.groups = static_cast<int64_t>(op.b.size());
+  desc.m = on_host(op.offsets) ? op.offsets.data<int32_t>()[desc.groups] : op.c.dim(0);
+  desc.n = b.dim(op.trans_b ? 0 : 1), desc.k = b.dim(op.trans_b ? 1 : 0);
+  align(desc, op.a, op.a_column);
+  for (const Tensor& matrix : op.b) {
+    if (matrix.defined()) align(desc, matrix, 0);
+  }
+  return desc;
+}
+
+GemmDesc describe(const GroupedGemmK& op) {
+  const Tensor& c = *std::find_if(op.c.begin(), op.c.end(), [](const Tensor& t) { return t.defined(); });
+  GemmDesc desc = describe(GemmKind::kGroupedK, op.a, op.b, c, op.compute);
+  desc.trans_a = true, desc.gather = op.a_rows.defined() || op.b_rows.defined();
+  desc.groups = static_cast<int64_t>(op.c.size());
+  desc.m = c.dim(0), desc.n = c.dim(1);
+  desc.k =
+      on_host(op.offsets) ? op.offsets.data<int32_t>()[desc.groups] : (op.a_rows.defined() ? op.a_rows : op.a).dim(0);
+  align(desc, op.a, op.a_column), align(desc, op.b, op.b_column);
+  return desc;
+}
+
 void run(const Gemm& op) {
   check_matrix("gemm", "a", op.a);
   check_matrix("gemm", "b", op.b);
   check_matrix("gemm", "c", op.c);
   check_dtypes("gemm", op.a, op.b, op.c);
-  GemmDesc desc = describe(GemmKind::kDense, op.a, op.b, op.c, op.compute);
-  desc.trans_a = op.trans_a, desc.trans_b = op.trans_b;
-  desc.m = op.c.dim(0), desc.n = op.b.dim(op.trans_b ? 0 : 1), desc.k = op.b.dim(op.trans_b ? 1 : 0);
+  const GemmDesc desc = describe(op);
   const int64_t a_rows = op.trans_a ? desc.k : desc.m;
   require(op.a.dim(0) == a_rows, "gemm: a is {}, expected {} rows for b {}{} and c {}", op.a.shape(), a_rows,
           op.b.shape(), op.trans_b ? "^T" : "", op.c.shape());
   check_window("gemm", "a", op.a, op.a_column, op.trans_a ? desc.m : desc.k);
   check_window("gemm", "c", op.c, op.c_column, desc.n);
-  align(desc, op.a, op.a_column), align(desc, op.b, 0);
   pick_gemm(desc).dense(op);
 }
 
@@ -221,17 +251,10 @@ void run(const GroupedGemmM& op) {
   check_matrix(kName, "c", op.c);
   check_dtypes(kName, op.a, *b, op.c);
   check_offsets(kName, op.offsets, op.b.size(), op.c.dim(0), op.c.device());
-  GemmDesc desc = describe(GemmKind::kGroupedM, op.a, *b, op.c, op.compute);
-  desc.trans_b = op.trans_b, desc.gather = op.a_rows.defined(), desc.groups = static_cast<int64_t>(op.b.size());
-  desc.m = on_host(op.offsets) ? op.offsets.data<int32_t>()[desc.groups] : op.c.dim(0);
-  desc.n = b->dim(op.trans_b ? 0 : 1), desc.k = b->dim(op.trans_b ? 1 : 0);
+  const GemmDesc desc = describe(op);
   check_rows(kName, "a", op.a, op.a_rows, desc.m);
   check_window(kName, "a", op.a, op.a_column, desc.k);
   check_window(kName, "c", op.c, op.c_column, desc.n);
-  align(desc, op.a, op.a_column);
-  for (const Tensor& matrix : op.b) {
-    if (matrix.defined()) align(desc, matrix, 0);
-  }
   pick_gemm(desc).grouped_m(op);
 }
 
@@ -245,16 +268,11 @@ void run(const GroupedGemmK& op) {
   const auto rows_in = [](const Tensor& t, const Tensor& rows) { return (rows.defined() ? rows : t).dim(0); };
   check_offsets(kName, op.offsets, op.c.size(), std::min(rows_in(op.a, op.a_rows), rows_in(op.b, op.b_rows)),
                 op.a.device());
-  GemmDesc desc = describe(GemmKind::kGroupedK, op.a, op.b, *c, op.compute);
-  desc.trans_a = true, desc.gather = op.a_rows.defined() || op.b_rows.defined();
-  desc.groups = static_cast<int64_t>(op.c.size());
-  desc.m = c->dim(0), desc.n = c->dim(1);
-  desc.k = on_host(op.offsets) ? op.offsets.data<int32_t>()[desc.groups] : rows_in(op.a, op.a_rows);
+  const GemmDesc desc = describe(op);
   check_rows(kName, "a", op.a, op.a_rows, desc.k);
   check_rows(kName, "b", op.b, op.b_rows, desc.k);
   check_window(kName, "a", op.a, op.a_column, desc.m);
   check_window(kName, "b", op.b, op.b_column, desc.n);
-  align(desc, op.a, op.a_column), align(desc, op.b, op.b_column);
   pick_gemm(desc).grouped_k(op);
 }
 

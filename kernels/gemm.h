@@ -77,6 +77,10 @@ struct GemmDesc {
   // Largest power of two, at most 16, that divides where rows of A and of B (windows counted) begin, in bytes.
   int alignment;
 };
+// Of a product whose operands are sound; grouped: with a matrix that is defined.
+GemmDesc describe(const Gemm& op);
+GemmDesc describe(const GroupedGemmM& op);
+GemmDesc describe(const GroupedGemmK& op);
 
 struct GemmBackend {
   std::string_view
