@@ -30,9 +30,9 @@ only() { # pattern, allowed file regex, what
   [ -z "$bad" ] || error "$3:
 $bad"
 }
-only '<<<' 'kernels/device/simt\.h' 'kernel launches stand in kernels/device/simt.h only'
+only '<<<' 'kernels/device/simt\.h|kernels/plugin/example/.*' 'kernel launches stand in kernels/device/simt.h only'
 only '(^|[^_a-z])asm( volatile)?\(' 'kernels/device/ptx[a-z_]*\.h|kernels/device/simulator/fiber\.cpp' 'asm stands in kernels/device/ptx*.h only (and in the switch of stacks)'
-only '#include <cu[a-z_]*\.h>' 'kernels/device/simt\.h|runtime/cuda[a-z_]*\.(h|cpp)|kernels/[a-z_]*(cublas|cub|nccl)[a-z_]*\.cu' 'CUDA headers enter by two doors'
+only '#include <cu[a-z_]*\.h>' 'kernels/device/simt\.h|runtime/cuda[a-z_]*\.(h|cpp)|kernels/[a-z_]*(cublas|cub|nccl)[a-z_]*\.cu|kernels/plugin/example/.*' 'CUDA headers enter by two doors'
 only '#include <cblas\.h>' 'kernels/gemm_blas\.cpp' 'BLAS enters by kernels/gemm_blas.cpp'
 only '(^|[^_a-zA-Z])(rand|srand)\(|std::random_device|std::mt19937' 'none' 'random numbers come from runtime/philox.h'
 
