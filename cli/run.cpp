@@ -17,7 +17,7 @@ namespace lightmoe::cli {
 namespace {
 
 struct Options {
-  std::string recipe, worker;
+  std::string recipe, worker, only;
   bool short_form = false, dry_run = false, report_only = false, quiet = false;
   int64_t jobs = 1;
 };
@@ -56,6 +56,7 @@ int run_jobs(const Options& o) {
                                           "--threads", threads};
     if (o.short_form) arguments.emplace_back("--short");
     if (o.quiet) arguments.emplace_back("--quiet");
+    if (!o.only.empty()) arguments.insert(arguments.end(), {"--only", o.only});
     workers[static_cast<size_t>(i)] = start_worker(arguments);
   }
   for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) ::signal(signal, pass_on);
@@ -88,10 +89,11 @@ void run_recipe(const Options& o) {
     return;
   }
   check(o.jobs >= 1 && o.jobs <= kMaxJobs, ErrorKind::kUsage, "--jobs {}: expected 1 to {}", o.jobs, kMaxJobs);
-  RunnerOptions options;
+  RunnerOptions options{.only = o.only};
   if (!o.quiet) options.say = [](const std::string& line) { fmt::print(stderr, "{}\n", line); };
   if (!o.worker.empty()) become_worker(o.worker, options);
   if (!o.report_only) {
+    chosen_runs(recipe, o.only);  // refuses what matches nothing
     if (o.worker.empty()) run_calibration(recipe, options);
     int code = 0;
     if (o.jobs > 1 && o.worker.empty())
@@ -99,8 +101,9 @@ void run_recipe(const Options& o) {
     else
       run_stages(recipe, options, &code);
     if (code != 0 || !o.worker.empty()) return set_exit_code(code);
+    measure_speeds(recipe, options);
   }
-  const Report report = make_report(recipe, load_results(recipe));
+  const Report report = make_report(recipe, load_results(recipe, !o.only.empty() || o.report_only));
   write_report(report, recipe.output);
   fmt::print("{}", to_markdown(report));
   fmt::print("\nwrote {0}/report.html, {0}/report.md, {0}/report.json\n", recipe.output);
@@ -113,7 +116,9 @@ const RegisterVerb verb{
        app.add_option("recipe", o->recipe, "TOML file (recipes/)")->required();
        app.add_flag("--short", o->short_form, "the recipe's [short] form");
        app.add_flag("--dry-run", o->dry_run, "say what it will do, and stop");
-       app.add_flag("--report-only", o->report_only, "write the report again from the results that are there");
+       app.add_flag("--report-only", o->report_only, "write the report from the results that are there");
+       app.add_option("--only", o->only,
+                      "regular expression: only runs TASK/METHOD-rRATIO-free or -sSEED that have a match");
        app.add_option("--jobs", o->jobs, "runs side by side, each with its share of the threads")
            ->capture_default_str();
        app.add_option("--worker", o->worker, "I/N: only every N-th run, no report (what --jobs starts)");

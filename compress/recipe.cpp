@@ -104,13 +104,21 @@ RecipeTask read_task(const toml::table& table, const std::string& file) {
 
 // What [recipe] and [short] choose by name, before it is resolved.
 struct Choice {
-  std::vector<std::string> methods, tasks;
+  std::vector<std::string> methods, train_free, tasks;
   std::vector<double> ratios = {0.5};
   double steps_scale = 1;
 };
 
+void check_ratios(const TomlReader& in, const std::vector<double>& ratios) {
+  if (ratios.empty()) in.fail_at("ratios", "the list is empty");
+  for (const double ratio : ratios) {
+    if (!(ratio >= 0 && ratio < 1)) in.fail_at("ratios", fmt::format("{:g} is not from 0 to less than 1", ratio));
+  }
+}
+
 void read_choice(TomlReader& in, Choice& choice, Recipe& recipe) {
   in.read("methods", choice.methods);
+  in.read("train_free", choice.train_free);
   in.read("tasks", choice.tasks);
   in.read("ratios", choice.ratios);
   in.read("seeds", recipe.seeds);
@@ -120,10 +128,7 @@ void read_choice(TomlReader& in, Choice& choice, Recipe& recipe) {
   in.read("output", recipe.output);
   in.read("speed", recipe.measure_speed);
   if (recipe.seeds.empty()) in.fail_at("seeds", "the list is empty");
-  if (choice.ratios.empty()) in.fail_at("ratios", "the list is empty");
-  for (const double ratio : choice.ratios) {
-    if (!(ratio >= 0 && ratio < 1)) in.fail_at("ratios", fmt::format("{:g} is not from 0 to less than 1", ratio));
-  }
+  check_ratios(in, choice.ratios);
 }
 
 struct Scales {
@@ -137,6 +142,7 @@ void read_own_settings(TomlReader& root, const std::string& name, const toml::no
   TomlReader in(*node.as_table(), root.file(), "method." + name);
   in.read("method", method.method);
   in.read("note", method.note);
+  if (in.read("ratios", method.ratios)) check_ratios(in, method.ratios);
   in.read("lr_scale", scales.lr);
   read_training(in, method.training);
   read_method_options(in, method.options);
@@ -147,7 +153,14 @@ void resolve_methods(Recipe& recipe, const Choice& choice, TomlReader& root, con
   const toml::table none;
   const toml::table* found = root.table("method");
   const toml::table& settings = found == nullptr ? none : *found;
-  for (const std::string& name : choice.methods) {
+  const auto contains = [](const std::vector<std::string>& list, const std::string& name) {
+    return std::find(list.begin(), list.end(), name) != list.end();
+  };
+  std::vector<std::string> names = choice.methods;
+  for (const std::string& name : choice.train_free) {
+    if (!contains(names, name)) names.push_back(name);
+  }
+  for (const std::string& name : names) {
     RecipeMethod method = common;
     method.name = method.method = name;
     Scales scales{.steps = choice.steps_scale};
@@ -156,14 +169,20 @@ void resolve_methods(Recipe& recipe, const Choice& choice, TomlReader& root, con
     method.training.lr *= scales.lr;
     method.training.steps =
         std::max<int64_t>(1, std::llround(static_cast<double>(method.training.steps) * scales.steps));
-    if (registered.compresses) method.ratios = choice.ratios;
-    recipe.methods.push_back(std::move(method));
+    if (!registered.compresses) method.ratios.clear();
+    if (registered.compresses && method.ratios.empty()) method.ratios = choice.ratios;
+    if (contains(choice.train_free, name)) {
+      if (!registered.compresses) root.fail_at("recipe.train_free", name + " compresses nothing: it has no such row");
+      recipe.methods.push_back(method);
+      recipe.methods.back().recover = false;
+    }
+    if (contains(choice.methods, name)) recipe.methods.push_back(std::move(method));
   }
   check(!recipe.methods.empty(), ErrorKind::kUsage, "{}: no methods", root.file());
   // Settings of methods that are not chosen this time: a mistake in them is a mistake all the same.
   for (const auto& [key, node] : settings) {
     const std::string name(key.str());
-    if (std::find(choice.methods.begin(), choice.methods.end(), name) != choice.methods.end()) continue;
+    if (contains(names, name)) continue;
     RecipeMethod method = common;
     Scales scales;
     method.method = name;
@@ -194,6 +213,10 @@ void read_tasks(TomlReader& root, const Choice& choice, Recipe& recipe) {
 
 }  // namespace
 
+bool trains(const RecipeMethod& method) {
+  return method.recover && find_method(method.method).trainable != Trainable::kNothing;
+}
+
 Recipe read_recipe(const std::string& file, bool short_form) {
   const toml::table parsed = parse_toml_file(file);
   TomlReader root(parsed, file, "");
@@ -207,6 +230,7 @@ Recipe read_recipe(const std::string& file, bool short_form) {
     in.read("title", recipe.title);
     in.read("eval_batch", recipe.eval_batch);
     in.read("eval_max_new_tokens", recipe.eval_max_new_tokens);
+    in.read("keep_models", recipe.keep_models);
     std::string dtype = "source";
     in.read("save_dtype", dtype);
     recipe.save_source_dtype = dtype == "source";

@@ -1,6 +1,7 @@
 #pragma once
 // A comparison as a TOML file: one model, several tasks, methods, ratios and seeds (recipes/*.toml are examples; compress/recipe.cpp
 // is the list of keys). Relative paths are relative to the working directory. An optional [short] table replaces some of it.
+// `methods` are recovered after compression, those of `train_free` are (also) evaluated as compressed.
 
 #include <cstdint>
 #include <optional>
@@ -43,7 +44,11 @@ struct RecipeMethod {
   MethodOptions options;
   RecipeTraining training;
   std::vector<double> ratios;  // empty: the method takes no budget
+  bool recover = true;         // false: evaluated as compressed, no training
 };
+
+// Whether runs of it train: the method has something to train and is to be recovered.
+bool trains(const RecipeMethod& method);
 
 struct Recipe {
   std::string file, title, model, output;
@@ -55,6 +60,8 @@ struct Recipe {
   DType save_dtype = DType::kF32;  // of recovered models; "source" in the file is the model's own
   bool save_source_dtype = true;
   bool measure_speed = true;
+  bool keep_models =
+      true;  // false: a recovered model goes once it is evaluated, but for the one whose speed is measured
 };
 
 // short_form: apply [short]. Error(kUsage) with file, line, key and the nearest known key.

@@ -24,7 +24,7 @@ double mean_of(const std::vector<double>& values) {
 }
 
 ReportCell cell_of(const std::vector<double>& values) {
-  ReportCell cell{.mean = mean_of(values), .seeds = static_cast<int64_t>(values.size())};
+  ReportCell cell{.mean = mean_of(values), .seeds = static_cast<int64_t>(values.size()), .values = values};
   if (values.size() > 1) {
     double squares = 0;
     for (const double v : values) squares += (v - cell.mean) * (v - cell.mean);
@@ -52,14 +52,15 @@ ReportTask task_of(const Recipe& recipe, const RecipeTask& task, const std::vect
 }
 
 // All runs of one method at one ratio.
-ReportRow row_of(const Report& report, const std::string& method, double ratio) {
-  ReportRow row{.method = method, .ratio = ratio};
-  std::vector<double> parameters, files, live, trainable, peak, prefill, decode, speed;
+ReportRow row_of(const Report& report, const RowKey& key) {
+  ReportRow row{key};
+  std::vector<double> parameters, files, live, trainable, peak, prefill, decode, speed, steps, tokens, seconds;
   std::map<int64_t, std::vector<double>> by_seed;  // quality of each task
   for (const ReportTask& task : report.tasks) {
     std::vector<double> quality, loss;
     for (const RunResult& run : report.runs) {
-      if (run.task != task.name || run.method != method || run.ratio != ratio) continue;
+      if (run.task != task.name || run.method != key.method || run.ratio != key.ratio || run.recovered != key.recovered)
+        continue;
       quality.push_back(run.quality());
       by_seed[run.seed].push_back(run.quality());
       if (const auto found = run.metrics.find("loss"); found != run.metrics.end()) loss.push_back(found->second.value);
@@ -68,8 +69,11 @@ ReportRow row_of(const Report& report, const std::string& method, double ratio) 
       live.push_back(static_cast<double>(run.live_bytes));
       trainable.push_back(static_cast<double>(run.trainable));
       peak.push_back(static_cast<double>(run.peak_bytes));
-      prefill.push_back(run.prefill_tokens_per_second);
-      decode.push_back(run.decode_tokens_per_second);
+      if (run.prefill_tokens_per_second > 0) prefill.push_back(run.prefill_tokens_per_second);
+      if (run.decode_tokens_per_second > 0) decode.push_back(run.decode_tokens_per_second);
+      steps.push_back(static_cast<double>(run.steps));
+      tokens.push_back(static_cast<double>(run.trained_tokens));
+      seconds.push_back(run.train_seconds);
       if (run.train_seconds > 0) speed.push_back(static_cast<double>(run.trained_tokens) / run.train_seconds);
     }
     row.cells.push_back(cell_of(quality));
@@ -78,6 +82,7 @@ ReportRow row_of(const Report& report, const std::string& method, double ratio) 
   row.parameters = mean_of(parameters), row.file_bytes = mean_of(files), row.live_bytes = mean_of(live);
   row.trainable = mean_of(trainable), row.peak_bytes = mean_of(peak);
   row.prefill = mean_of(prefill), row.decode = mean_of(decode), row.train_speed = mean_of(speed);
+  row.steps = mean_of(steps), row.trained_tokens = mean_of(tokens), row.train_seconds = mean_of(seconds);
   if (std::all_of(report.tasks.begin(), report.tasks.end(), [](const ReportTask& t) { return t.share; })) {
     std::vector<double> averages;
     for (const auto& [seed, values] : by_seed) {
@@ -86,6 +91,19 @@ ReportRow row_of(const Report& report, const std::string& method, double ratio) 
     if (!averages.empty()) row.average = cell_of(averages);
   }
   return row;
+}
+
+// What the replaced slots become, in the words that colour the charts.
+std::string family_of(const Method& method) {
+  const auto has = [&](const char* kind) { return method.slots.find(kind) != std::string::npos; };
+  if (!method.compresses) return "whole model";
+  if (has("shared") && method.paper == "2603.12645") return "LightMoE";
+  if (has("adapter")) return "base + low rank";
+  if (has("latent")) return "shared factors";
+  if (has("constant")) return "constants";
+  if (has("shared")) return "shared experts";
+  if (has("removed")) return "removed experts";
+  return method.slots.empty() ? "other" : method.slots;
 }
 
 double mean_loss(const std::vector<TrainedStep>& curve, size_t begin, size_t end) {
@@ -131,9 +149,9 @@ std::string versions_text(const Report& report) {
   return text + (text.empty() ? "" : "; ") + "written by " + report.version;
 }
 
-std::vector<ReportRow> report_rows(const Report& report, const std::vector<std::pair<std::string, double>>& keys) {
+std::vector<ReportRow> report_rows(const Report& report, const std::vector<RowKey>& keys) {
   std::vector<ReportRow> rows;
-  for (const auto& [method, ratio] : keys) rows.push_back(row_of(report, method, ratio));
+  for (const RowKey& key : keys) rows.push_back(row_of(report, key));
   return rows;
 }
 
@@ -150,16 +168,23 @@ Report make_report(const Recipe& recipe, std::vector<RunResult> results) {
                 .num_slots = size.slots,
                 .original_bytes = static_cast<double>(Checkpoint(recipe.model).total_bytes())};
   for (const RecipeTask& task : recipe.tasks) report.tasks.push_back(task_of(recipe, task, results));
+  report.missing = static_cast<int64_t>(list_runs(recipe).size() - results.size());
   report.runs = std::move(results);
-  std::vector<std::pair<std::string, double>> keys;
+  std::vector<RowKey> keys;
   for (const RecipeMethod& method : recipe.methods) {
-    report.method_order.push_back(method.name);
-    if (!method.note.empty()) report.notes.push_back(method.name + ": " + method.note);
+    if (report.method_order.empty() || report.method_order.back() != method.name) {  // its rows follow each other
+      report.method_order.push_back(method.name);
+      report.families[method.name] = family_of(find_method(method.method));
+      if (!method.note.empty()) report.notes.push_back(method.name + ": " + method.note);
+    }
     for (const double ratio : method.ratios.empty() ? std::vector<double>{0} : method.ratios)
-      keys.emplace_back(method.name, ratio);
+      keys.push_back({method.name, ratio, trains(method)});
   }
-  std::stable_sort(keys.begin(), keys.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+  std::stable_sort(keys.begin(), keys.end(), [](const RowKey& a, const RowKey& b) { return a.ratio < b.ratio; });
   report.rows = report_rows(report, keys);
+  std::erase_if(report.rows, [](const ReportRow& row) {
+    return std::all_of(row.cells.begin(), row.cells.end(), [](const ReportCell& cell) { return cell.seeds == 0; });
+  });
   return report;
 }
 
@@ -173,20 +198,36 @@ std::string to_markdown(const Report& report) {
                          task.share ? " %" : "", task.test_records);
   }
   text += "Tasks: " + names + ". ± is the standard deviation over seeds. Made by `lightmoe run " + report.recipe_file +
-          "` (" + versions_text(report) + ").\n\n| removed | method |";
+          "` (" + versions_text(report) + ").";
+  if (report.missing > 0) {
+    text += fmt::format(" {} of the recipe's {} runs have no result here.", report.missing,
+                        report.missing + static_cast<int64_t>(report.runs.size()));
+  }
+  text += "\n\n| removed | method |";
   for (const ReportTask& task : report.tasks) text += fmt::format(" {} |", task.title);
-  text += " average | parameters | size | prefill tok/s | decode tok/s |\n|---|---|";
-  for (size_t i = 0; i < report.tasks.size() + 5; ++i) text += "---:|";
+  text +=
+      " average | parameters | stored | live | prefill tok/s | decode tok/s | trained | steps | tokens | seconds "
+      "|\n|---|---|";
+  for (size_t i = 0; i < report.tasks.size() + 10; ++i) text += "---:|";
   text += "\n";
   for (const ReportRow& row : report.rows) {
-    text += fmt::format("| {} | {} |", ratio_text(row.ratio), row.method);
+    text += fmt::format("| {} | {} |", ratio_text(row.ratio), row.label());
     for (size_t t = 0; t < row.cells.size(); ++t)
       text += fmt::format(" {} |", cell_text(&report.tasks[t], row.cells[t]));
     text += fmt::format(" {} |", row.average ? cell_text(nullptr, *row.average) : "-");
-    text += fmt::format(" {} | {} |", human_count(static_cast<int64_t>(row.parameters)),
-                        human_bytes(static_cast<int64_t>(row.file_bytes)));
-    text += row.decode > 0 ? fmt::format(" {:.0f} | {:.0f} |\n", row.prefill, row.decode) : std::string(" - | - |\n");
+    text += fmt::format(" {} | {} | {} |", human_count(static_cast<int64_t>(row.parameters)),
+                        human_bytes(static_cast<int64_t>(row.file_bytes)),
+                        human_bytes(static_cast<int64_t>(row.live_bytes)));
+    text += row.decode > 0 ? fmt::format(" {:.0f} | {:.0f} |", row.prefill, row.decode) : std::string(" - | - |");
+    text += row.recovered
+                ? fmt::format(" {} | {:.0f} | {:.0f} | {:.1f} |\n", human_count(static_cast<int64_t>(row.trainable)),
+                              row.steps, row.trained_tokens, row.train_seconds)
+                : std::string(" - | - | - | - |\n");
   }
+  text +=
+      "\nSizes are of the weights, stored and in memory. Trained parameters, steps, tokens and seconds are of one run, "
+      "means over tasks and "
+      "seeds; rows without training have no random part.\n";
   for (const std::string& note : report.notes) text += "\n" + note + "\n";
   return text;
 }
@@ -196,7 +237,8 @@ Json to_json(const Report& report) {
     return Json{{"mean", std::isfinite(cell.mean) && cell.seeds > 0 ? Json(cell.mean) : Json(nullptr)},
                 {"deviation", cell.deviation ? Json(*cell.deviation) : Json(nullptr)},
                 {"loss", cell.loss && std::isfinite(*cell.loss) ? Json(*cell.loss) : Json(nullptr)},
-                {"seeds", cell.seeds}};
+                {"seeds", cell.seeds},
+                {"values", cell.values}};
   };
   Json tasks = Json::array(), rows = Json::array(), runs = Json::array();
   for (const ReportTask& task : report.tasks) {
@@ -211,6 +253,7 @@ Json to_json(const Report& report) {
     for (size_t t = 0; t < row.cells.size(); ++t) cells[report.tasks[t].name] = cell_json(row.cells[t]);
     rows.push_back({{"method", row.method},
                     {"ratio", row.ratio},
+                    {"recovered", row.recovered},
                     {"tasks", cells},
                     {"average", row.average ? cell_json(*row.average) : Json(nullptr)},
                     {"parameters", row.parameters},
@@ -220,9 +263,13 @@ Json to_json(const Report& report) {
                     {"training_peak_bytes", row.peak_bytes},
                     {"prefill_tokens_per_second", row.prefill},
                     {"decode_tokens_per_second", row.decode},
-                    {"train_tokens_per_second", row.train_speed}});
+                    {"train_tokens_per_second", row.train_speed},
+                    {"steps", row.steps},
+                    {"trained_tokens", row.trained_tokens},
+                    {"train_seconds", row.train_seconds}});
   }
   for (const RunResult& run : report.runs) {
+    if (is_crowded(report)) break;  // rows have the values of all seeds; the rest is in the runs' own files
     Json json = to_json(run);
     json.erase("curve");  // stands in the run's own result.json
     if (!run.curve.empty()) {
@@ -235,6 +282,8 @@ Json to_json(const Report& report) {
   }
   return {{"title", report.title},
           {"written_by", report.version},
+          {"computed_by", versions_text(report)},
+          {"missing_runs", report.missing},
           {"model", report.model},
           {"recipe", report.recipe_file},
           {"original_parameters", report.original_parameters},

@@ -2,6 +2,7 @@
 // What a recipe's runs come to: rows averaged over seeds, a Markdown table, report.json and one self-contained report.html.
 
 #include <filesystem>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -17,16 +18,25 @@ struct ReportCell {  // one method at one ratio on one task
   std::optional<double> deviation;  // standard deviation over seeds, two at least
   std::optional<double> loss;       // of the test split
   int64_t seeds = 0;
+  std::vector<double> values;  // in the order of the seeds
 };
 
-struct ReportRow {
+struct RowKey {
   std::string method;
-  double ratio = 0;                   // 0: takes no budget
+  double ratio = 0;        // 0: takes no budget
+  bool recovered = false;  // trained on the task after compression, or instead of it
+};
+
+struct ReportRow : RowKey {
   std::vector<ReportCell> cells;      // one per task
   std::optional<ReportCell> average;  // of the tasks, per seed; where all are shares
   // Means over tasks and seeds.
   double parameters = 0, file_bytes = 0, live_bytes = 0, trainable = 0, peak_bytes = 0;
   double prefill = 0, decode = 0, train_speed = 0;  // tokens/s
+  // What one run trained.
+  double steps = 0, trained_tokens = 0, train_seconds = 0;
+  // "reap", "reap, no training"
+  std::string label() const { return ratio > 0 && !recovered ? method + ", no training" : method; }
 };
 
 struct ReportTask {
@@ -46,13 +56,17 @@ struct Report {
   std::vector<ReportTask> tasks;
   std::vector<ReportRow> rows;  // by ratio, then as in the recipe
   std::vector<RunResult> runs;
+  int64_t missing = 0;  // runs of the recipe that have no result
   std::vector<std::string> method_order;
-  std::vector<std::string> notes;  // "method: what the recipe says about it"
+  std::map<std::string, std::string> families;  // of each method: what its slots become
+  std::vector<std::string> notes;               // "method: what the recipe says about it"
 };
 
-// One row per (method, ratio), averaged over report.runs.
-std::vector<ReportRow> report_rows(const Report& report, const std::vector<std::pair<std::string, double>>& keys);
-// results in the order of list_runs.
+// One row per key, averaged over report.runs.
+std::vector<ReportRow> report_rows(const Report& report, const std::vector<RowKey>& keys);
+// More methods than curves and a legend can tell apart.
+inline bool is_crowded(const Report& report) { return report.method_order.size() > 12; }
+// results in the order of list_runs; rows without any are left out.
 Report make_report(const Recipe& recipe, std::vector<RunResult> results);
 std::string to_markdown(const Report& report);
 Json to_json(const Report& report);

@@ -22,7 +22,10 @@ struct Look {
 };
 
 // Colours of Okabe and Ito's palette, told apart by people who are colour-blind; known methods keep theirs in every report.
-Look look_of(const Report& report, const std::string& method) {
+Look look_of(const Report& report, const std::string& label) {
+  const size_t comma = label.find(", ");  // "reap, no training" has reap's colour and a marker of its own
+  if (comma != std::string::npos) return {look_of(report, label.substr(0, comma)).color, SvgMarker::kCross};
+  const std::string& method = label;
   static const std::map<std::string, Look> known = {
       {"lightmoe", {"var(--m1)", SvgMarker::kCircle}},      {"lora", {"var(--m3)", SvgMarker::kSquare}},
       {"full", {"var(--m7)", SvgMarker::kDiamond}},         {"original", {"var(--m0)", SvgMarker::kPlus}},
@@ -78,7 +81,7 @@ std::map<std::string, std::vector<Point>> quality_points(const Report& report, c
     const ReportCell* cell = task == nullptr ? (row.average ? &*row.average : nullptr)
                                              : &row.cells[static_cast<size_t>(task - report.tasks.data())];
     if (cell == nullptr || cell->seeds == 0 || !std::isfinite(cell->mean)) continue;
-    points[row.method].push_back({row.file_bytes / unit, scale * cell->mean, scale * cell->deviation.value_or(0)});
+    points[row.label()].push_back({row.file_bytes / unit, scale * cell->mean, scale * cell->deviation.value_or(0)});
   }
   return points;
 }
@@ -102,9 +105,20 @@ bool drop_original(std::map<std::string, std::vector<Point>>& points) {
 
 std::string method_color(const Report& report, const std::string& method) { return look_of(report, method).color; }
 
-std::string legend(const Report& report, const std::vector<std::string>& methods) {
+std::vector<std::string> row_labels(const Report& report) {
+  std::vector<std::string> labels;
+  for (const std::string& method : report.method_order) {
+    for (const ReportRow& row : report.rows) {
+      if (row.method == method && std::find(labels.begin(), labels.end(), row.label()) == labels.end())
+        labels.push_back(row.label());
+    }
+  }
+  return labels;
+}
+
+std::string legend(const Report& report, const std::vector<std::string>& labels) {
   std::string html = "<div class=\"legend\">";
-  for (const std::string& method : methods) {
+  for (const std::string& method : labels) {
     Svg svg(18, 14, method);
     svg.marker(look_of(report, method).marker, 9, 7, 5, look_of(report, method).color);
     html += "<span>" + svg.str() + escape_markup(method) + "</span>";
@@ -146,7 +160,7 @@ std::string quality_chart(const Report& report, const ReportTask* task, double w
       task == nullptr ? "average score, %"
       : task->share   ? task->metric + ", %"
                       : task->metric);
-  for (const std::string& method : report.method_order) {
+  for (const std::string& method : row_labels(report)) {
     const auto found = points.find(method);
     if (found == points.end()) continue;
     const Look look = look_of(report, method);

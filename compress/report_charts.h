@@ -9,7 +9,9 @@ namespace lightmoe {
 
 // Colour (a CSS variable of the page) and marker of a method, the same in every chart.
 std::string method_color(const Report& report, const std::string& method);
-std::string legend(const Report& report, const std::vector<std::string>& methods);
+std::string legend(const Report& report, const std::vector<std::string>& labels);
+// Labels of the rows, each once: methods in the recipe's order, those without training beside them.
+std::vector<std::string> row_labels(const Report& report);
 
 // Test quality against the size of the weights; task null: the average over tasks. Methods with several ratios are joined.
 std::string quality_chart(const Report& report, const ReportTask* task, double width, double height);

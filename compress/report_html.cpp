@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "compress/report_charts.h"
+#include "compress/report_pareto.h"
 #include "compress/svg.h"
 #include "compress/text.h"
 
@@ -37,7 +38,7 @@ th { color:var(--soft); font-weight:600; vertical-align:bottom; }
 th:nth-child(1), td:nth-child(1), th:nth-child(2), td:nth-child(2) { text-align:left; }
 tr.first td { border-top:2px solid var(--soft); }
 td.best { font-weight:700; }
-td .dot { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:8px; }
+.dot { display:inline-block; width:10px; height:10px; border-radius:50%; margin-right:8px; }
 .grid3 { display:grid; grid-template-columns:repeat(auto-fit,minmax(320px,1fr)); gap:18px; }
 .grid2 { display:grid; grid-template-columns:repeat(auto-fit,minmax(460px,1fr)); gap:18px; }
 .card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px 16px 8px; overflow-x:auto; }
@@ -52,6 +53,13 @@ svg .mark { stroke:var(--soft); stroke-width:1; stroke-dasharray:3 3; }
 svg .halo { stroke:var(--card); stroke-width:1.2; }
 svg .paper { fill:var(--card); }
 svg .cell { fill:var(--heat); }
+svg .front { stroke:var(--soft); stroke-width:1.4; stroke-dasharray:5 3; }
+svg .lead { stroke:var(--soft); stroke-width:.7; }
+svg .label { font-size:11.5px; }
+.wide { width:min(1560px,96vw); margin-left:calc(50% - min(780px,48vw)); display:grid; grid-template-columns:minmax(0,1.25fr) minmax(0,1fr); gap:18px; align-items:start; }
+.matrix { font-size:12.5px; } .matrix th, .matrix td { padding:2px 7px; }
+.matrix th:nth-child(2), .matrix td:nth-child(2) { text-align:right; }
+@media (max-width:1180px) { .wide { grid-template-columns:1fr; } }
 .legend { display:flex; flex-wrap:wrap; gap:4px 18px; margin:6px 0 12px; font-size:14px; }
 .legend span { display:inline-flex; align-items:center; gap:5px; }
 .legend svg { width:18px; height:14px; }
@@ -61,12 +69,13 @@ summary { cursor:pointer; color:var(--soft); }
 @media print { main { max-width:none; } .card, .tile { break-inside:avoid; } }
 )css";
 
-// The row of a method at a ratio; null when there is none.
+// The row of a method at a ratio, trained if there is such a one; null when there is none.
 const ReportRow* find_row(const Report& report, const std::string& method, double ratio) {
+  const ReportRow* found = nullptr;
   for (const ReportRow& row : report.rows) {
-    if (row.method == method && row.ratio == ratio) return &row;
+    if (row.method == method && row.ratio == ratio && (found == nullptr || row.recovered)) found = &row;
   }
-  return nullptr;
+  return found;
 }
 
 double largest_ratio(const Report& report) {
@@ -138,7 +147,8 @@ std::vector<double> best_means(const Report& report, double ratio) {
 std::string row_head(const Report& report, const ReportRow& row, double last_ratio) {
   return fmt::format("<tr{}><td>{}</td><td><span class=\"dot\" style=\"background:{}\"></span>{}</td>",
                      row.ratio != last_ratio ? " class=\"first\"" : "", ratio_text(row.ratio),
-                     method_color(report, row.method), escape_markup(row.method));
+                     is_crowded(report) ? family_color(report, row.method) : method_color(report, row.method),
+                     escape_markup(row.label()));
 }
 
 std::string quality_table(const Report& report) {
@@ -166,12 +176,13 @@ std::string cost_table(const Report& report) {
   std::string html =
       "<h2>Cost</h2>\n<p class=\"soft\">Parameters and bytes of what is stored; in memory as measured from the live "
       "weights when loaded in the stored type; "
-      "trained parameters, the most tensor memory during training and its speed; prefill and decode as loaded here, "
+      "trained parameters, the most tensor memory during training, steps, tokens and seconds of one run and its speed "
+      "(means over tasks and seeds); prefill and decode as loaded here, "
       "the best of three.</p>\n"
       "<div class=\"scroll\"><table>\n<tr><th>removed</th><th>method</th><th>parameters</th><th>on disk</th><th>in "
       "memory</th><th>trained</th>"
-      "<th>training<br>memory</th><th>training<br>tokens/s</th><th>prefill<br>tokens/s</th><th>decode<br>tokens/s</"
-      "th></tr>\n";
+      "<th>training<br>memory</th><th>steps</th><th>tokens</th><th>seconds</th><th>training<br>tokens/s</th>"
+      "<th>prefill<br>tokens/s</th><th>decode<br>tokens/s</th></tr>\n";
   double last = -1;
   const auto count = [](double value) {
     return value > 0 ? human_count(static_cast<int64_t>(value)) : std::string("-");
@@ -183,21 +194,23 @@ std::string cost_table(const Report& report) {
   for (const ReportRow& row : report.rows) {
     html += row_head(report, row, last);
     last = row.ratio;
+    html += fmt::format("<td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>", count(row.parameters),
+                        bytes(row.file_bytes), bytes(row.live_bytes), count(row.trainable), bytes(row.peak_bytes));
     html +=
-        fmt::format("<td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>\n",
-                    count(row.parameters), bytes(row.file_bytes), bytes(row.live_bytes), count(row.trainable),
-                    bytes(row.peak_bytes), speed(row.train_speed), speed(row.prefill), speed(row.decode));
+        fmt::format("<td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>\n", speed(row.steps),
+                    speed(row.trained_tokens), row.train_seconds > 0 ? fmt::format("{:.1f}", row.train_seconds) : "-",
+                    speed(row.train_speed), speed(row.prefill), speed(row.decode));
   }
   return html + "</table></div>\n";
 }
 
 std::string quality_section(const Report& report) {
   std::string html =
-      "<h2>Quality against size</h2>\n<p class=\"soft\">Every point is a trained model on the held-out test split; "
+      "<h2>Quality against size</h2>\n<p class=\"soft\">Every point is a model on the held-out test split; "
       "lines join the ratios of one "
       "method, whiskers are the standard deviation over seeds, dotted levels belong to references that keep the whole "
       "model.</p>\n";
-  html += legend(report, report.method_order);
+  html += legend(report, row_labels(report));
   const std::string all = quality_chart(report, nullptr, 1040, 380);
   if (!all.empty()) html += "<div class=\"card\"><h3>Average of all tasks</h3>" + all + "</div><br>\n";
   html += "<div class=\"grid3\">\n";
@@ -261,19 +274,23 @@ std::string to_html(const Report& report) {
       report.num_layers, report.num_slots, human_bytes(static_cast<int64_t>(report.original_bytes)),
       escape_markup(report.recipe_file), escape_markup(versions_text(report)));
   html += tiles(report);
+  html += pareto_section(report);
   std::string measures;
   for (const ReportTask& task : report.tasks) {
     measures += fmt::format("{}{}: {}{} over {} records", measures.empty() ? "" : "; ", task.title, task.metric,
                             task.share ? " in %" : "", task.test_records);
   }
   html += fmt::format(
-      "<h2>Results</h2>\n<p class=\"soft\">On the held-out test split, after training on the task. {}. ± is the "
-      "standard deviation over seeds, bold the "
-      "best of its ratio.</p>\n",
-      escape_markup(measures));
+      "<h2>Results</h2>\n<p class=\"soft\">On the held-out test split, after training on the task unless the row says "
+      "otherwise. {}. ± is the standard deviation over seeds, bold the best of its ratio.{}</p>\n",
+      escape_markup(measures),
+      report.missing > 0 ? fmt::format(" {} of the recipe's {} runs have no result here.", report.missing,
+                                       report.missing + static_cast<int64_t>(report.runs.size()))
+                         : std::string());
   html += quality_table(report);
   for (const std::string& note : report.notes) html += "<p class=\"soft\">" + escape_markup(note) + "</p>\n";
-  html += quality_section(report) + heat_section(report) + training_section(report) + cost_table(report);
+  html += is_crowded(report) ? "" : quality_section(report) + heat_section(report) + training_section(report);
+  html += cost_table(report);
   html += fmt::format("<h2>The recipe</h2>\n<details><summary>{}</summary><pre>{}</pre></details>\n",
                       escape_markup(report.recipe_file), escape_markup(report.recipe_text));
   return html + "</main></body></html>\n";

@@ -32,6 +32,7 @@ Json to_json(const RunResult& r) {
   return {{"task", r.task},
           {"method", r.method},
           {"ratio", r.ratio},
+          {"recovered", r.recovered},
           {"seed", r.seed},
           {"key", r.key},
           {"versions", r.versions},
@@ -49,8 +50,6 @@ Json to_json(const RunResult& r) {
           {"trained_tokens", r.trained_tokens},
           {"train_seconds", r.train_seconds},
           {"peak_bytes", r.peak_bytes},
-          {"prefill_tokens_per_second", r.prefill_tokens_per_second},
-          {"decode_tokens_per_second", r.decode_tokens_per_second},
           {"replaced", r.replaced},
           {"curve", curve}};
 }
@@ -62,6 +61,7 @@ RunResult result_from_json(const Json& json, const std::string& name) {
     r.method = json.at("method").get<std::string>();
     r.ratio = json.at("ratio").get<double>();
     r.seed = json.at("seed").get<int64_t>();
+    r.recovered = json.value("recovered", json.at("steps").get<int64_t>() > 0);  // older results do not say
     r.key = json.at("key").get<std::string>();
     r.versions = json.value("versions", std::vector<std::string>{});  // older results have none
     r.parameters = json.at("parameters").get<int64_t>();
@@ -80,8 +80,6 @@ RunResult result_from_json(const Json& json, const std::string& name) {
     r.trained_tokens = json.at("trained_tokens").get<int64_t>();
     r.train_seconds = json.at("train_seconds").get<double>();
     r.peak_bytes = json.at("peak_bytes").get<int64_t>();
-    r.prefill_tokens_per_second = json.at("prefill_tokens_per_second").get<double>();
-    r.decode_tokens_per_second = json.at("decode_tokens_per_second").get<double>();
     r.replaced = json.at("replaced").get<std::vector<std::vector<int32_t>>>();
     for (const Json& s : json.at("curve")) {
       r.curve.push_back({s.at(0).get<int64_t>(), value_of(s.at(1)), s.at(2).get<double>(), s.at(3).get<int64_t>()});

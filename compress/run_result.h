@@ -27,6 +27,7 @@ struct TrainedStep {
 struct RunResult {
   std::string task, method;  // names in the recipe
   double ratio = 0;          // asked for; 0 = none
+  bool recovered = false;    // trained on the task
   int64_t seed = 0;
   std::string key;  // of everything the result depends on
   // Of the program, in the stages it came from (compress, train, evaluate), each once; a resumed recipe may have had several.
@@ -45,7 +46,7 @@ struct RunResult {
   double train_seconds = 0;
   int64_t peak_bytes = 0;  // most live tensor memory during training
   std::vector<TrainedStep> curve;
-  // speed as loaded, best of a few; 0 = not measured
+  // speed as loaded, best of a few; 0 = not measured. Stands in speed.json, one run of a row is measured.
   double prefill_tokens_per_second = 0, decode_tokens_per_second = 0;
   std::vector<std::vector<int32_t>> replaced;  // per layer, slots
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <regex>
 
 #include "compress/stages.h"
 #include "compress/statistics.h"
@@ -54,14 +55,14 @@ std::string describe(const Recipe& recipe) {
       options.budget.value = ratio;
       const MethodInput input{.config = config, .statistics = statistics, .options = options};
       const Plan plan = method.plan(input);
-      const bool trains = method.trainable != Trainable::kNothing;
+      const bool training = trains(recipe_method);
       text += fmt::format("{:<22} {:>6} {:>12} {:>12} {:>5} {:>7} {:>9}\n", recipe_method.name,
                           recipe_method.ratios.empty() ? "-" : fmt::format("{:g} %", 100 * ratio),
                           human_count(stored_parameters(plan.shapes(), size)),
-                          human_count(trainable_parameters(method, input, plan)),
-                          method.rank == nullptr ? "-" : std::to_string(method.rank(input)),
-                          trains ? std::to_string(recipe_method.training.steps) : "-",
-                          trains ? fmt::format("{:g}", recipe_method.training.lr) : "-");
+                          training ? human_count(trainable_parameters(method, input, plan)) : "-",
+                          training ? std::to_string(recovery_rank(method, input, plan)) : "-",
+                          training ? std::to_string(recipe_method.training.steps) : "-",
+                          training ? fmt::format("{:g}", recipe_method.training.lr) : "-");
     }
   }
   return text + "steps and rates are before a task's own scales; sizes vary a little with what calibration finds\n";
@@ -72,19 +73,41 @@ std::vector<RunPlan> list_runs(const Recipe& recipe) {
   for (size_t t = 0; t < recipe.tasks.size(); ++t) {
     for (size_t m = 0; m < recipe.methods.size(); ++m) {
       const RecipeMethod& method = recipe.methods[m];
-      const bool trains = find_method(method.method).trainable != Trainable::kNothing;
       const std::vector<double> ratios = method.ratios.empty() ? std::vector<double>{0} : method.ratios;
       for (const double ratio : ratios) {
+        std::string directory = recipe.tasks[t].name + "/" + method.name;
+        if (!method.ratios.empty()) directory += fmt::format("-r{:g}", 100 * ratio);
+        if (!trains(method)) {
+          runs.push_back({.task = t,
+                          .method = m,
+                          .ratio = ratio,
+                          .directory = directory + (method.ratios.empty() ? "" : "-free")});
+          continue;
+        }
         for (const int64_t seed : recipe.seeds) {
-          std::string directory = recipe.tasks[t].name + "/" + method.name;
-          if (!method.ratios.empty()) directory += fmt::format("-r{:g}", 100 * ratio);
-          if (trains) directory += fmt::format("-s{}", seed);
-          runs.push_back({.task = t, .method = m, .ratio = ratio, .seed = trains ? seed : 0, .directory = directory});
-          if (!trains) break;
+          runs.push_back({.task = t,
+                          .method = m,
+                          .ratio = ratio,
+                          .seed = seed,
+                          .directory = fmt::format("{}-s{}", directory, seed)});
         }
       }
     }
   }
+  return runs;
+}
+
+std::vector<RunPlan> chosen_runs(const Recipe& recipe, const std::string& only) {
+  std::vector<RunPlan> runs = list_runs(recipe);
+  if (only.empty()) return runs;
+  try {
+    const std::regex pattern(only);
+    std::erase_if(runs, [&](const RunPlan& run) { return !std::regex_search(run.directory, pattern); });
+  } catch (const std::regex_error& error) {
+    fail(ErrorKind::kUsage, "--only {}: {}", only, error.what());
+  }
+  check(!runs.empty(), ErrorKind::kUsage, "--only {}: none of the {} runs has a match, the first is {}", only,
+        list_runs(recipe).size(), list_runs(recipe).front().directory);
   return runs;
 }
 
@@ -99,7 +122,7 @@ void run_calibration(const Recipe& recipe, const RunnerOptions& options) {
 
 bool run_stages(const Recipe& recipe, const RunnerOptions& options, int* stopped_by) {
   Stages stages(recipe, options);
-  const std::vector<RunPlan> runs = list_runs(recipe);
+  const std::vector<RunPlan> runs = chosen_runs(recipe, options.only);
   for (size_t i = 0; i < runs.size(); ++i) {
     if (static_cast<int64_t>(i) % options.workers != options.worker) continue;
     if (stages.run(runs[i], fmt::format("{}/{}", i + 1, runs.size()))) continue;
@@ -109,12 +132,27 @@ bool run_stages(const Recipe& recipe, const RunnerOptions& options, int* stopped
   return true;
 }
 
-std::vector<RunResult> load_results(const Recipe& recipe) {
+void measure_speeds(const Recipe& recipe, const RunnerOptions& options) {
+  if (!recipe.measure_speed) return;
+  Stages stages(recipe, options);
+  for (const RunPlan& run : list_runs(recipe)) {
+    if (stages.stands_for_its_row(run)) stages.measure(run);
+  }
+}
+
+std::vector<RunResult> load_results(const Recipe& recipe, bool partly) {
   std::vector<RunResult> results;
   for (const RunPlan& plan : list_runs(recipe)) {
-    const std::string file = (fs::path(recipe.output) / plan.directory / "result.json").string();
+    const fs::path directory = fs::path(recipe.output) / plan.directory;
+    const std::string file = (directory / "result.json").string();
+    if (partly && !fs::exists(file)) continue;
     check(fs::exists(file), ErrorKind::kInput, "{}: no such result yet; `lightmoe run {}` makes it", file, recipe.file);
     results.push_back(result_from_json(read_json_file(file), file));
+    if (!fs::exists(directory / "speed.json")) continue;
+    const Json speed = read_json_file((directory / "speed.json").string());
+    if (speed.value("key", "") != results.back().key) continue;  // of another model
+    results.back().prefill_tokens_per_second = speed.value("prefill_tokens_per_second", 0.0);
+    results.back().decode_tokens_per_second = speed.value("decode_tokens_per_second", 0.0);
   }
   return results;
 }

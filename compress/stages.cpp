@@ -6,6 +6,7 @@
 #include "compress/compressor.h"
 #include "compress/measure.h"
 #include "compress/recover.h"
+#include "compress/stage_keys.h"
 #include "compress/text.h"
 #include "compress/weights.h"
 #include "loaders/output.h"
@@ -18,53 +19,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kStageVersion = 1;  // raised when a stage computes something else
-
-std::string key_of(Json parts) {
-  parts["stages"] = kStageVersion;
-  const std::string text = parts.dump();
-  return hash_bytes(text.data(), text.size());
-}
-
-// A stage's key stands beside its output, written last.
-bool is_done(const fs::path& key_file, const std::string& key) {
-  return fs::exists(key_file) && read_file(key_file, 1024) == key + "\n";
-}
-
-Json to_json(const RecipeTraining& t) {
-  return {{"steps", t.steps},
-          {"rows", t.rows},
-          {"length", t.length},
-          {"accumulate", t.accumulate},
-          {"pack", t.pack},
-          {"lr", t.lr},
-          {"schedule", t.schedule},
-          {"warmup", t.warmup},
-          {"min_lr_ratio", t.min_lr_ratio},
-          {"weight_decay", t.weight_decay},
-          {"clip", t.clip},
-          {"aux_coef", t.aux_coef},
-          {"betas", {t.beta1, t.beta2}},
-          {"anneal", t.anneal ? Json(*t.anneal) : Json(nullptr)},
-          {"anneal_shape", t.anneal_shape},
-          {"anneal_gamma", t.anneal_gamma},
-          {"merge", t.merge},
-          {"eval_every", t.eval_every}};
-}
-
-Json to_json(const MethodOptions& o) {
-  return {{"budget", describe(o.budget)},
-          {"bases", o.bases},
-          {"rank", o.rank},
-          {"method_rank", o.method_rank},
-          {"rule", static_cast<int>(o.selection.rule)},
-          {"alpha", o.selection.alpha},
-          {"clip", o.selection.clip},
-          {"starved", static_cast<int>(o.selection.starved)},
-          {"init", name_of(o.adapter_init)},
-          {"std", o.adapter_std},
-          {"seed", o.seed}};
-}
+// Whether the compression depends on what calibration found.
+bool reads_statistics(const RecipeMethod& method) { return find_method(method.method).needs != Needs::kNothing; }
 
 void add_version(RunResult& result, const std::string& version) {
   if (std::find(result.versions.begin(), result.versions.end(), version) == result.versions.end())
@@ -160,52 +116,82 @@ void Stages::calibrate(size_t t) {
                   starved, config_.num_layers * config_.num_experts));
 }
 
-std::string Stages::compress(const RunPlan& plan, const fs::path& directory) {
+fs::path Stages::compressed_directory(const RunPlan& plan) const {
   const RecipeMethod& method = recipe_.methods[plan.method];
+  const std::string name = method.name + (method.ratios.empty() ? "" : fmt::format("-r{:g}", 100 * plan.ratio));
+  return (reads_statistics(method) ? task_directory(plan.task) : fs::path(recipe_.output) / "every.task") / name;
+}
+
+fs::path Stages::model_directory(const RunPlan& plan) const {
+  const RecipeMethod& method = recipe_.methods[plan.method];
+  if (trains(method)) return run_directory(plan) / "model";
+  return find_method(method.method).compresses ? compressed_directory(plan) / "compressed" : fs::path(recipe_.model);
+}
+
+Stages::Keys Stages::keys_of(const RunPlan& plan) {
+  const RecipeMethod& method = recipe_.methods[plan.method];
+  const RecipeTask& task = recipe_.tasks[plan.task];
+  const TaskData& files = data(plan.task);
+  MethodOptions options = method.options;
+  options.budget.value = plan.ratio;
+  Json parts = {
+      {"stage", "compress"}, {"model", fingerprint_}, {"method", method.method}, {"options", to_json(options)}};
+  if (reads_statistics(method)) parts["statistics"] = statistics_key(plan.task);
+  Keys keys{.compressed = key_of(parts), .model = {}, .result = {}};
+  keys.model = keys.compressed;
+  if (trains(method)) {
+    keys.model = key_of({{"stage", "recover"},
+                         {"compressed", keys.compressed},
+                         {"training", to_json(training_of(plan))},
+                         {"train", files.train_hash},
+                         {"validation", files.validation_hash},
+                         {"seed", plan.seed},
+                         {"dtype", name_of(saved_dtype())}});
+  } else if (!find_method(method.method).compresses) {
+    keys.model = fingerprint_;
+  }
+  keys.result = key_of({{"stage", "evaluate"},
+                        {"model", keys.model},
+                        {"test", files.test_hash},
+                        {"metric", task.metric},
+                        {"limit", recipe_.eval_limit},
+                        {"new_tokens", recipe_.eval_max_new_tokens}});
+  return keys;
+}
+
+void Stages::compress(const RunPlan& plan, const std::string& key) {
+  const RecipeMethod& method = recipe_.methods[plan.method];
+  const fs::path directory = compressed_directory(plan);
   CompressJob job{
       .model = recipe_.model, .output = directory / "compressed", .method = method.method, .options = method.options};
   job.options.budget.value = plan.ratio;
-  job.options.seed = static_cast<uint64_t>(plan.seed);
   job.force = true;
-  Json key = {
-      {"stage", "compress"}, {"model", fingerprint_}, {"method", method.method}, {"options", to_json(job.options)}};
-  if (find_method(method.method).compresses) {
-    job.statistics = task_directory(plan.task) / "statistics.safetensors";
-    key["statistics"] = statistics_key(plan.task);
-  }
-  const std::string text = key_of(key);
-  if (!is_done(directory / "compressed.key", text) || !is_complete(job.output, false)) {
-    compress_model(job);
-    write_file_atomically(directory / "compressed.key", text + "\n");
-  }
-  return text;
+  if (reads_statistics(method)) job.statistics = task_directory(plan.task) / "statistics.safetensors";
+  fs::create_directories(directory);
+  const StageLock lock(directory / "compressed.lock");
+  if (is_done(directory / "compressed.key", key) && is_complete(job.output, false)) return;
+  compress_model(job);
+  write_file_atomically(directory / "compressed.key", key + "\n");
 }
 
-std::string Stages::recover(const RunPlan& plan, const fs::path& directory, const std::string& compress_key) {
-  const RecipeTraining t = training_of(plan);
-  const TaskData& task = data(plan.task);
-  const std::string key = key_of({{"stage", "recover"},
-                                  {"compressed", compress_key},
-                                  {"training", to_json(t)},
-                                  {"train", task.train_hash},
-                                  {"validation", task.validation_hash},
-                                  {"seed", plan.seed},
-                                  {"dtype", name_of(saved_dtype())}});
-  if (is_done(directory / "model.key", key) && is_complete(directory / "model", false)) return key;
+bool Stages::recover(const RunPlan& plan, const std::string& key) {
+  const fs::path directory = run_directory(plan);
+  if (is_done(directory / "model.key", key) && is_complete(directory / "model", false)) return true;
   // What another setting left here would be refused, not continued: it goes. The same setting, stopped, is continued.
   if (!is_done(directory / "training.key", key)) {
     fs::remove_all(directory / "checkpoints");
     write_file_atomically(directory / "training.key", key + "\n");
   }
   if (!fs::exists(directory / "checkpoints")) fs::remove(directory / "train.log.jsonl");
-  if (!train_back(plan, directory, t)) return "";
+  if (!train_back(plan, training_of(plan))) return false;
   write_file_atomically(directory / "model.key", key + "\n");
   fs::remove_all(directory / "checkpoints");
-  return key;
+  return true;
 }
 
-bool Stages::train_back(const RunPlan& plan, const fs::path& directory, const RecipeTraining& t) {
+bool Stages::train_back(const RunPlan& plan, const RecipeTraining& t) {
   const TaskData& task = data(plan.task);
+  const fs::path directory = run_directory(plan);
   const Method& method = find_method(recipe_.methods[plan.method].method);
   DataStream stream(task.train, {.rows = t.rows,
                                  .length = t.length,
@@ -217,7 +203,7 @@ bool Stages::train_back(const RunPlan& plan, const fs::path& directory, const Re
   const double eps = method.anneal == 0 ? 0 : t.anneal.value_or(method.anneal);
   OutputDirectory output(directory / "model", true, {fs::path(recipe_.model)});
   Recovery recovery(
-      directory / "compressed", recipe_.model, t.steps,
+      compressed_directory(plan) / "compressed", recipe_.model, t.steps,
       {.annealing = Annealing{.eps = eps, .shape = parse_anneal_shape(t.anneal_shape), .gamma = t.anneal_gamma},
        .merge = t.merge});
   TrainerOptions options = trainer_options(t, directory);
@@ -287,12 +273,15 @@ TrainerOptions Stages::trainer_options(const RecipeTraining& t, const fs::path& 
   return o;
 }
 
-void Stages::fill_training(const fs::path& directory, RunResult& result) const {
-  const CompressionRecord record = read_record(directory / "model");
+// What compression and training left in the model's record.
+void Stages::fill_training(const RunPlan& plan, RunResult& result) const {
+  const fs::path model = model_directory(plan);
+  const CompressionRecord record = read_record(model);
   for (const LayerPlan& layer : record.plan.layers) result.replaced.push_back(layer.replaced);
+  if (!result.recovered) return add_version(result, record.version);
   result.trainable = record.trainable_parameters;
   result.rank = record.rank;
-  const Json recovery = read_json_file((directory / "model" / kRecordFile).string())["recovery"];
+  const Json recovery = read_json_file((model / kRecordFile).string())["recovery"];
   add_version(result, record.version);
   add_version(result, recovery.value("version", "unknown"));
   result.steps = recovery.value("steps", int64_t{0});
@@ -300,73 +289,70 @@ void Stages::fill_training(const fs::path& directory, RunResult& result) const {
   result.trained_tokens = recovery.value("tokens", int64_t{0});
   result.peak_bytes = recovery.value("peak_bytes", int64_t{0});
   if (recovery["validation_loss"].is_number()) result.validation_loss = recovery["validation_loss"].get<double>();
-  read_curve(directory / "train.log.jsonl", result);
+  read_curve(run_directory(plan) / "train.log.jsonl", result);
 }
 
-void Stages::fill_evaluation(const RunPlan& plan, const fs::path& directory, RunResult& result) {
+void Stages::fill_evaluation(const RunPlan& plan, RunResult& result) {
   const RecipeTask& task = recipe_.tasks[plan.task];
   const TaskData& files = data(plan.task);
+  const fs::path directory = model_directory(plan);
   const int64_t before = memory_use(MemoryCategory::kWeights).live_bytes;
   const std::unique_ptr<Olmoe> model = load_model(directory, source_dtype());
   result.live_bytes = memory_use(MemoryCategory::kWeights).live_bytes - before;
   result.parameters = model->num_parameters();
   result.original_parameters = model_size(config_).total();
   result.file_bytes = Checkpoint(directory).total_bytes();
-  EvalOptions options{.metric = parse_eval_metric(task.metric),
-                      .batch = recipe_.eval_batch,
-                      .limit = recipe_.eval_limit,
-                      .max_new_tokens = recipe_.eval_max_new_tokens};
-  const auto add = [&](const EvalResult& found) {
-    for (const MetricValue& m : found.metrics) result.metrics[m.name] = {m.value, m.std_error, m.higher_is_better};
-    result.test_records = found.records;
-  };
-  if (!files.test_ids.empty()) {
-    const EvalResult found = evaluate_tokens(*model, files.test_ids, options);
-    add(found);
-    result.main_metric = found.main().name;
-  } else {
-    const EvalResult found = lightmoe::evaluate(*model, *tokenizer_, files.test, options);
-    add(found);
-    result.main_metric = found.main().name;
-    options.metric = EvalMetric::kLoss;
-    if (found.metric == EvalMetric::kExactMatch) add(lightmoe::evaluate(*model, *tokenizer_, files.test, options));
-  }
-  if (!recipe_.measure_speed) return;
-  const Speed speed = measure_speed(*model);
-  result.prefill_tokens_per_second = speed.prefill_tokens_per_second;
-  result.decode_tokens_per_second = speed.decode_tokens_per_second;
+  const EvalOptions options{.metric = parse_eval_metric(task.metric),
+                            .batch = recipe_.eval_batch,
+                            .limit = recipe_.eval_limit,
+                            .max_new_tokens = recipe_.eval_max_new_tokens};
+  const EvalResult found = files.test_ids.empty() ? lightmoe::evaluate(*model, *tokenizer_, files.test, options)
+                                                  : evaluate_tokens(*model, files.test_ids, options);
+  for (const MetricValue& m : found.metrics) result.metrics[m.name] = {m.value, m.std_error, m.higher_is_better};
+  result.test_records = found.records;
+  result.main_metric = found.main().name;
 }
 
 bool Stages::run(const RunPlan& plan, const std::string& position) {
   const RecipeMethod& method = recipe_.methods[plan.method];
-  const RecipeTask& task = recipe_.tasks[plan.task];
-  const fs::path directory = fs::path(recipe_.output) / plan.directory;
+  const fs::path directory = run_directory(plan), file = directory / "result.json";
+  const Keys keys = keys_of(plan);
+  if (fs::exists(file) && read_json_file(file.string()).value("key", "") == keys.result) return true;
   fs::create_directories(directory);
-  const bool trains = find_method(method.method).trainable != Trainable::kNothing;
-  std::string key = fingerprint_;
-  if (trains) {
-    key = recover(plan, directory, compress(plan, directory));
-    if (key.empty()) return false;
-  }
-  RunResult result{.task = task.name, .method = method.name, .ratio = plan.ratio, .seed = plan.seed};
-  result.key = key_of({{"stage", "evaluate"},
-                       {"model", key},
-                       {"test", data(plan.task).test_hash},
-                       {"metric", task.metric},
-                       {"limit", recipe_.eval_limit},
-                       {"new_tokens", recipe_.eval_max_new_tokens},
-                       {"speed", recipe_.measure_speed}});
-  const fs::path file = directory / "result.json";
-  if (fs::exists(file) && read_json_file(file.string()).value("key", "") == result.key) return true;
-  if (trains) fill_training(directory, result);
-  fill_evaluation(plan, trains ? directory / "model" : fs::path(recipe_.model), result);
+  RunResult result{.task = recipe_.tasks[plan.task].name,
+                   .method = method.name,
+                   .ratio = plan.ratio,
+                   .recovered = trains(method),
+                   .seed = plan.seed,
+                   .key = keys.result};
+  const bool changed = result.recovered || find_method(method.method).compresses;
+  if (changed) compress(plan, keys.compressed);
+  if (result.recovered && !recover(plan, keys.model)) return false;
+  if (changed) fill_training(plan, result);
+  fill_evaluation(plan, result);
   add_version(result, version());
   write_file_atomically(file, to_json(result).dump(1) + "\n");
+  if (result.recovered && !recipe_.keep_models && !(recipe_.measure_speed && stands_for_its_row(plan)))
+    fs::remove_all(directory / "model");
   std::string line = fmt::format("[{}] {}: {} {:.4g}, {}", position, plan.directory, result.main_metric,
                                  result.quality(), human_bytes(result.file_bytes));
-  if (trains) line += fmt::format(", {} steps in {:.0f} s", result.steps, result.train_seconds);
+  if (result.recovered) line += fmt::format(", {} steps in {:.0f} s", result.steps, result.train_seconds);
   say(line);
   return true;
+}
+
+void Stages::measure(const RunPlan& plan) {
+  const fs::path directory = run_directory(plan), result = directory / "result.json", file = directory / "speed.json";
+  const fs::path model = model_directory(plan);
+  if (!fs::exists(result) || (model != recipe_.model && !is_complete(model, false))) return;
+  const std::string key = read_json_file(result.string()).value("key", "");
+  if (fs::exists(file) && read_json_file(file.string()).value("key", "") == key) return;
+  const Speed speed = measure_speed(*load_model(model, source_dtype()));
+  const Json json = {{"key", key},
+                     {"version", version()},
+                     {"prefill_tokens_per_second", speed.prefill_tokens_per_second},
+                     {"decode_tokens_per_second", speed.decode_tokens_per_second}};
+  write_file_atomically(file, json.dump(1) + "\n");
 }
 
 }  // namespace lightmoe

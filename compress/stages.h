@@ -29,19 +29,33 @@ class Stages {
   // False when a signal stopped training; exit_code() then.
   bool run(const RunPlan& plan, const std::string& position);
   int exit_code() const { return stopped_by_; }
+  // Whether the speed of this run's model is its row's: of the first task and seed.
+  bool stands_for_its_row(const RunPlan& plan) const {
+    return plan.task == 0 && (plan.seed == 0 || plan.seed == recipe_.seeds.front());
+  }
+  // Its speed, if its model is there and not measured yet.
+  void measure(const RunPlan& plan);
 
  private:
   using Path = std::filesystem::path;
+  // What each stage's output depends on; `model`: what is evaluated.
+  struct Keys {
+    std::string compressed, model, result;
+  };
   const TaskData& data(size_t task);
   Path task_directory(size_t task) const { return Path(recipe_.output) / recipe_.tasks[task].name; }
+  Path run_directory(const RunPlan& plan) const { return Path(recipe_.output) / plan.directory; }
+  // Shared by the seeds, and by the tasks where none of their data is read.
+  Path compressed_directory(const RunPlan& plan) const;
+  Path model_directory(const RunPlan& plan) const;  // what is evaluated
   std::string statistics_key(size_t task);
   bool needs(bool (*what)(Needs)) const;  // whether some method of the recipe does
-  // Each returns its key.
-  std::string compress(const RunPlan& plan, const Path& directory);
-  std::string recover(const RunPlan& plan, const Path& directory, const std::string& compress_key);  // "" when stopped
-  bool train_back(const RunPlan& plan, const Path& directory, const RecipeTraining& training);
-  void fill_training(const Path& directory, RunResult& result) const;
-  void fill_evaluation(const RunPlan& plan, const Path& model, RunResult& result);
+  Keys keys_of(const RunPlan& plan);
+  void compress(const RunPlan& plan, const std::string& key);
+  bool recover(const RunPlan& plan, const std::string& key);  // false when stopped
+  bool train_back(const RunPlan& plan, const RecipeTraining& training);
+  void fill_training(const RunPlan& plan, RunResult& result) const;
+  void fill_evaluation(const RunPlan& plan, RunResult& result);
   RecipeTraining training_of(const RunPlan& plan) const;
   TrainerOptions trainer_options(const RecipeTraining& training, const Path& directory) const;
   DType source_dtype() const { return config_.torch_dtype == "float32" ? DType::kF32 : DType::kBF16; }

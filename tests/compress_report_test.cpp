@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "compress/report_charts.h"
+#include "compress/report_pareto.h"
 #include "compress/svg.h"
 
 namespace lightmoe {
@@ -12,7 +13,7 @@ namespace {
 
 RunResult run(const std::string& task, const std::string& method, double ratio, int64_t seed, double score,
               double bytes) {
-  RunResult r{.task = task, .method = method, .ratio = ratio, .seed = seed};
+  RunResult r{.task = task, .method = method, .ratio = ratio, .recovered = ratio > 0, .seed = seed};
   r.main_metric = "exact_match";
   r.metrics["exact_match"] = {score, .01, true};
   r.metrics["loss"] = {1 - score, std::nullopt, false};
@@ -36,7 +37,7 @@ Report small_report() {
     report.runs.push_back(run(name, "lightmoe", .5, 1, .8, 5000));
     report.runs.push_back(run(name, "lightmoe", .5, 2, .7, 5200));
   }
-  report.rows = report_rows(report, {{"original", 0}, {"lightmoe", .5}});
+  report.rows = report_rows(report, {{"original", 0, false}, {"lightmoe", .5, true}});
   return report;
 }
 
@@ -76,7 +77,9 @@ TEST(Report, NamesTheVersionsThatComputedIt) {
 
 TEST(Report, MarkdownHasARowForEveryMethodAndRatio) {
   const std::string text = to_markdown(small_report());
-  EXPECT_NE(text.find("| - | original | 90.0 | 90.0 | 90.0 | 5.0 k | 0.01 MiB | - | - |"), std::string::npos) << text;
+  EXPECT_NE(text.find("| - | original | 90.0 | 90.0 | 90.0 | 5.0 k | 0.01 MiB | 0.00 MiB | - | - | - | - | - | - |"),
+            std::string::npos)
+      << text;
   EXPECT_NE(text.find("| 50 % | lightmoe | 75.0 ± 7.1 | 75.0 ± 7.1 | 75.0 ± 7.1 |"), std::string::npos) << text;
 }
 
@@ -90,6 +93,47 @@ TEST(Report, JsonRoundTripsTheRuns) {
   const RunResult again = result_from_json(Json::parse(to_json(original).dump()), "r");
   EXPECT_EQ(to_json(again).dump(), to_json(original).dump());
   EXPECT_THROW(result_from_json(Json{{"task", 3}}, "r"), Error);
+}
+
+// Sizes 10, 20, 30, 30: of the untrained, 20 is beaten by the smaller 10 and the first 30 by the second; trained ones are apart.
+TEST(Report, ParetoFrontHoldsWhatNothingSmallerBeats) {
+  Report report = small_report();
+  report.runs.clear();
+  const auto add = [&](const std::string& method, double bytes, double score, bool recovered) {
+    for (const char* task : {"math", "code"}) {
+      report.runs.push_back(run(task, method, .5, recovered ? 1 : 0, score, bytes));
+      report.runs.back().recovered = recovered;
+    }
+    report.method_order.push_back(method);
+    report.families[method] = "removed experts";
+  };
+  add("a", 10, .5, false);
+  add("b", 20, .4, false);
+  add("c", 30, .5, false);
+  add("d", 30, .6, false);
+  add("e", 5, .1, true);
+  std::vector<RowKey> keys;
+  for (const char* name : {"a", "b", "c", "d"}) keys.push_back({name, .5, false});
+  keys.push_back({"e", .5, true});
+  report.rows = report_rows(report, keys);
+  EXPECT_EQ(pareto_front(report, false), (std::vector<size_t>{0, 3}));
+  EXPECT_EQ(pareto_front(report, true), (std::vector<size_t>{4}));
+  EXPECT_EQ(report.rows[0].label(), "a, no training");
+  EXPECT_EQ(report.rows[4].label(), "e");
+  const std::string section = pareto_section(report);
+  EXPECT_EQ(section.find("nan"), std::string::npos);
+  EXPECT_NE(section.find(">d</text>"), std::string::npos);  // named in the picture
+  EXPECT_NE(section.find("<td class=\"best\">60.0</td>"), std::string::npos) << section;
+  EXPECT_NE(to_html(report).find("All methods"), std::string::npos);
+}
+
+TEST(Report, SaysHowManyRunsAreMissing) {
+  Report report = small_report();
+  EXPECT_EQ(to_markdown(report).find("have no result"), std::string::npos);
+  report.missing = 4;
+  EXPECT_NE(to_markdown(report).find("4 of the recipe's 10 runs have no result here."), std::string::npos);
+  EXPECT_NE(to_html(report).find("4 of the recipe's 10 runs"), std::string::npos);
+  EXPECT_EQ(to_json(report)["missing_runs"], 4);
 }
 
 int count(const std::string& text, const std::string& piece) {
@@ -126,12 +170,12 @@ TEST(Report, ChartsSurviveOddNumbers) {
     r.metrics["exact_match"].value = 0;
     for (TrainedStep& s : r.curve) s.loss = 0;
   }
-  report.rows = report_rows(report, {{"original", 0}, {"lightmoe", .5}});
+  report.rows = report_rows(report, {{"original", 0, false}, {"lightmoe", .5, true}});
   const std::string html = to_html(report);
   EXPECT_EQ(html.find("nan"), std::string::npos);
   EXPECT_EQ(html.find("inf"), std::string::npos);
   report.runs.clear();
-  report.rows = report_rows(report, {{"original", 0}, {"lightmoe", .5}});
+  report.rows = report_rows(report, {{"original", 0, false}, {"lightmoe", .5, true}});
   EXPECT_EQ(to_html(report).find("nan"), std::string::npos);
 }
 

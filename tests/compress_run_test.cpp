@@ -52,6 +52,29 @@ TEST(Recipe, ReadsMethodsRatiosAndScales) {
   EXPECT_EQ(brief.methods[2].training.steps, 1);
 }
 
+TEST(Recipe, TrainFreeRowsStandBesideRecoveredOnes) {
+  const TempDir where;
+  std::string text = recipe_text(where / "out", "train_free = [\"lightmoe\", \"aimer\"]\nseeds = [1, 2]");
+  text += "[method.aimer]\nratios = [0.25]\n";
+  const Recipe recipe = recipe_of(where, text);
+  std::vector<std::string> directories;
+  for (const RunPlan& run : list_runs(recipe)) directories.push_back(run.directory);
+  EXPECT_EQ(directories,
+            (std::vector<std::string>{"ids/original", "ids/lora-s1", "ids/lora-s2", "ids/lightmoe-r30-free",
+                                      "ids/lightmoe-r50-free", "ids/lightmoe-r30-s1", "ids/lightmoe-r30-s2",
+                                      "ids/lightmoe-r50-s1", "ids/lightmoe-r50-s2", "ids/aimer-r25-free"}));
+  EXPECT_EQ(chosen_runs(recipe, "-r50-(free|s1)$").size(), 2u);
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"--only r60: none of the 10 runs"}, [&] { chosen_runs(recipe, "r60"); }));
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"--only (: "}, [&] { chosen_runs(recipe, "("); }));
+  std::string wrong = text;
+  wrong.replace(wrong.find("\"aimer\"]"), 7, "\"lora\"");
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"recipe.train_free", "lora compresses nothing"},
+                         [&] { recipe_of(where, wrong); }));
+  wrong = text;
+  wrong.replace(wrong.find("[0.25]"), 6, "[1.25]");
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"method.aimer.ratios: 1.25 is not"}, [&] { recipe_of(where, wrong); }));
+}
+
 TEST(Recipe, UnknownKeysAreErrorsWithTheNearest) {
   const TempDir where;
   const auto refused = [&](const std::string& from, const std::string& to, const std::vector<std::string>& pieces) {
@@ -128,6 +151,44 @@ TEST(Run, DoesEveryStageOnceAndReports) {
   EXPECT_NE(to_markdown(go(recipe_text(where / "out"))).find("elsewhere (1 run)"), std::string::npos);
   go(recipe_text(where / "out", "", "steps = 3"));
   EXPECT_EQ(said.size(), 3u);  // the three trained ones; calibration and the original stand
+}
+
+// One compression for all seeds and for the row without training, and for all tasks where no data is read.
+TEST(Run, SharesWhatDependsOnNeitherSeedNorTask) {
+  const TempDir where;
+  std::string text =
+      recipe_text(where / "out", "train_free = [\"lightmoe\", \"aimer\"]\nseeds = [1, 2]\nkeep_models = false");
+  const auto change = [&](const std::string& from, const std::string& to) {
+    text.replace(text.find(from), from.size(), to);
+  };
+  change("\"original\", \"lora\", ", "");
+  change("[0.3, 0.5]", "[0.5]");
+  text +=
+      "[[task]]\nname = \"more\"\ntrain = \"tests/golden/e64k8/golden.safetensors\"\n"
+      "test = \"tests/golden/e64k8/golden.safetensors\"\n";
+  const Recipe recipe = recipe_of(where, text);
+  run_calibration(recipe, {});
+  EXPECT_TRUE(run_stages(recipe, {.only = "ids/"}, nullptr));
+  const std::vector<RunResult> partly = load_results(recipe, true);
+  EXPECT_EQ(partly.size(), 4u);
+  EXPECT_EQ(make_report(recipe, partly).missing, 4);
+  const auto made = fs::last_write_time(where / "out" / "every.task" / "aimer-r50" / "compressed.key");
+  EXPECT_TRUE(run_stages(recipe, {}, nullptr));
+  EXPECT_EQ(fs::last_write_time(where / "out" / "every.task" / "aimer-r50" / "compressed.key"), made);
+  EXPECT_TRUE(fs::exists(where / "out" / "ids" / "lightmoe-r50" / "compressed" / "model.safetensors"));
+  EXPECT_FALSE(fs::exists(where / "out" / "ids" / "lightmoe-r50-s1" / "model"));  // evaluated, then dropped
+  const std::vector<RunResult> results = load_results(recipe);
+  ASSERT_EQ(results.size(), 8u);
+  EXPECT_FALSE(results[0].recovered);
+  EXPECT_EQ(results[0].steps, 0);
+  EXPECT_TRUE(results[1].recovered);
+  EXPECT_NE(results[1].quality(), results[2].quality());  // the seed draws adapters and order
+  EXPECT_EQ(results[0].file_bytes, results[0].live_bytes);
+  const Report report = make_report(recipe, results);
+  ASSERT_EQ(report.rows.size(), 3u);
+  EXPECT_EQ(report.rows[0].label(), "lightmoe, no training");
+  EXPECT_EQ(report.rows[1].steps, 2);
+  EXPECT_EQ(report.missing, 0);
 }
 
 // Two workers' shares together are all runs.
