@@ -45,6 +45,19 @@ struct PackArguments {
   uint32_t* panel(int64_t i) const { return to + (panels.begin(i) - panels.begin(panel_begin)) * steps; }
 };
 
+// A panel of one row, the step after the step before.
+template <class T, class Mode>
+void pack_row(const T* row, int64_t k_begin, int64_t k_end, uint32_t* out) {
+  constexpr int64_t kAtOnce = kLanes * Mode::kPerStep;
+  for (int64_t k = k_begin; k < k_end; k += kAtOnce, out += kLanes) {
+    const int n = static_cast<int>(std::min(kAtOnce, k_end - k));
+    if constexpr (Mode::kPerStep == 2)
+      store_vector(out, load_pairs(row + k, n));
+    else
+      store_vector(out, as_dwords(load_floats(row + k, n)));
+  }
+}
+
 // Lanes are stored rows: they are transposed block by block.
 template <class T, class Mode>
 void pack_rows(const PackArguments& p) {
@@ -52,6 +65,11 @@ void pack_rows(const PackArguments& p) {
   for (int64_t i = p.panel_begin; i < p.panel_end; ++i) {
     const int width = p.panels.width(i), last = p.panels.lanes_in(i) - 1;
     const int64_t first = p.panels.first + p.panels.begin(i);
+    if (width == 1) {
+      pack_row<T, Mode>(static_cast<const T*>(p.matrix.data) + p.matrix.row_offset(first), p.k_begin, p.k_end,
+                        p.panel(i));
+      continue;
+    }
     for (int w = 0; w < width; w += kLanes) {
       const T* rows[kLanes];
       for (int l = 0; l < kLanes; ++l) {

@@ -10,7 +10,9 @@
 namespace lightmoe::native {
 namespace {
 
-constexpr int64_t kPrefetchBytes = 512;  // ahead in each of the kLanes rows of weights
+// Ahead in each of the kLanes rows of weights, and from the end of a row in the row that takes its place: rows are too short for the
+// hardware to have found the way again before they end.
+constexpr int64_t kPrefetchBytes = 512;
 
 template <class T, class Mode>
 constexpr bool kPairs = Mode::kPerStep == 2 || std::is_same_v<T, bf16>;
@@ -61,7 +63,8 @@ void multiply_columns(const GemmMatrix& b, int64_t k_end, int64_t begin, int64_t
     int64_t k = 0;
     const uint32_t* step = a;
     for (; k + kBlock <= k_end; k += kBlock, step += kRows * kBlock / Mode::kPerStep) {
-      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(weights[i] + k + kPrefetch, 0, 2);
+      const int64_t ahead = k + kPrefetch < k_end ? k + kPrefetch : k + kPrefetch - k_end + kLanes * b.stride;
+      for (int i = 0; i < kLanes; ++i) __builtin_prefetch(weights[i] + ahead, 0, 2);
       add_block<T, Mode, kRows>(weights, k, kBlock, step, sum);
     }
     if (k < k_end) add_block<T, Mode, kRows>(weights, k, static_cast<int>(k_end - k), step, sum);

@@ -119,11 +119,22 @@ inline void store_floats(bf16* p, Floats v, int n) {
 }
 
 // kLanes dwords of pairs from the first n of 2 kLanes consecutive elements.
-template <class T>
-inline Dwords load_pairs(const T* p, int n) {
+// NOTE: not joined from halves where that can be helped: they pass through the stack, and two stores do not forward to one load.
+inline Dwords load_pairs(const bf16* p, int n) {
+  if (n == 2 * kLanes) return load_vector<Dwords>(p);
   const Words halves[2] = {load_words(p, n < kLanes ? n : kLanes),
                            n > kLanes ? load_words(p + kLanes, n - kLanes) : Words{}};
   return std::bit_cast<Dwords>(halves);
+}
+inline Dwords load_pairs(const float* p, int n) {
+  const Floats low = load_floats(p, n < kLanes ? n : kLanes),
+               high = n > kLanes ? load_floats(p + kLanes, n - kLanes) : Floats{};
+#if defined(LIGHTMOE_AVX512) && defined(__AVX512BF16__)
+  return std::bit_cast<Dwords>(_mm512_cvtne2ps_pbh(std::bit_cast<__m512>(high), std::bit_cast<__m512>(low)));
+#else
+  const Words halves[2] = {rounded_factor(low), rounded_factor(high)};
+  return std::bit_cast<Dwords>(halves);
+#endif
 }
 
 // t[i][j] <-> t[j][i]
