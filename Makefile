@@ -8,6 +8,11 @@
 #   make gpu-build | gpu-check     everything a GPU must prove, packed for a bare machine, and run there
 # Variables: MODE=release|asan|debug|fuzz  CUDA=1 (GPU kernels too)  ARCH=native  CXX=g++|clang++  SHORT=1 (demo)  FUZZ_SECONDS=5 (for each target)
 
+# As many jobs as there are cores unless -j says otherwise.
+ifeq ($(MAKELEVEL),0)
+  MAKEFLAGS += -j$(shell nproc)
+endif
+
 MODE ?= release
 ARCH ?= native
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
@@ -43,6 +48,9 @@ LDFLAGS += -fopenmp $(if $(OPENBLAS_DIR),-L$(OPENBLAS_DIR) -Wl$(comma)-rpath$(co
 comma := ,
 
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
+# NVTX is headers alone, so builds without CUDA name their ranges for Nsight, too, where the toolkit is.
+NVTX_INCLUDE := $(if $(wildcard $(CUDA_HOME)/include/nvtx3/nvToolsExt.h),-isystem $(CUDA_HOME)/include)
+$(BUILD)/obj/runtime/cuda_nvtx.o: CPPFLAGS += $(if $(NVTX_INCLUDE),-DLIGHTMOE_NVTX $(NVTX_INCLUDE))
 NVCC_FLAGS := -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp
 CUDA_ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
 ifeq ($(CUDA),1)
@@ -114,7 +122,7 @@ $(BUILD)/lightmoe-tests: | $(TEST_PLUGINS)
 $(BUILD)/plugins/%.so: tests/plugins/%.c kernels/plugin/lightmoe_gemm.h $(wildcard kernels/plugin/example/*.c)
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
-	@$(CC) -std=c11 -O2 -ffp-contract=off -Wall -Wextra -Werror -Ikernels/plugin -fPIC -shared -fvisibility=hidden $< -o $@
+	@$(CC) -std=c11 -O2 -ffp-contract=off -Wall -Wextra -Werror -Ikernels/plugin $(NVTX_INCLUDE) -fPIC -shared -fvisibility=hidden $< -o $@
 # Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
 DEVICE_TEST_SUPPORT := $(addprefix tests/support/,testing.cpp gemm_checks.cpp main.cpp)
 DEVICE_TESTS := $(shell grep -l "tests/support/devices.h" tests/*.cpp)

@@ -4,8 +4,10 @@
 
 namespace lightmoe {
 
-double lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& labels, double scale,
-                    GemmCompute compute) {
+double Loss::value() const { return sum.on(DeviceKind::kCpu).data<double>()[0] / scale; }
+
+Loss lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& labels, double scale,
+                  GemmCompute compute) {
   const Tensor loss = Tensor::empty({1}, DType::kF64);
   require(scale > 0, "lm_head_loss: scale is {}, expected a positive number", scale);
   LmHeadCrossEntropy op{
@@ -16,11 +18,11 @@ double lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tenso
   }
   run(op);
   if (op.dx.defined()) tape.record([dx = op.dx, slot = x.grad] { slot->add(dx); });
-  return loss.on(DeviceKind::kCpu).data<double>()[0] / scale;
+  return {loss, scale};
 }
 
-double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots,
-                         const Tensor& mask, double scale) {
+Loss load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots, const Tensor& mask,
+                       double scale) {
   std::vector<Tensor> values;
   bool needs = false;
   for (const Var& p : probs) {
@@ -39,7 +41,7 @@ double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::v
       }
     });
   }
-  return loss.on(DeviceKind::kCpu).data<double>()[0];
+  return {loss};
 }
 
 double dot_loss(Tape& tape, const Var& y, const Tensor& weights) {

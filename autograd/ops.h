@@ -30,12 +30,18 @@ struct Routing {
 };
 Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& removed, int64_t top_k, bool renormalize);
 
-// Sum over labelled rows (not scaled).
-double lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& labels, double scale,
-                    GemmCompute compute);
+// A loss as it stands on the device. value() waits for it: a step queues its backward first.
+struct Loss {
+  Tensor sum;  // f64 [1]
+  double scale = 1;
+  double value() const;  // sum / scale
+};
+// Sum over labelled rows (value() is not scaled).
+Loss lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& labels, double scale,
+                  GemmCompute compute);
 // One entry per layer.
-double load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots,
-                         const Tensor& mask, double scale);
+Loss load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots, const Tensor& mask,
+                       double scale);
 // <y, weights>: a root for gradient checks.
 double dot_loss(Tape& tape, const Var& y, const Tensor& weights);
 

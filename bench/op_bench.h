@@ -11,6 +11,7 @@
 #include <limits>
 #include <string>
 
+#include "runtime/device.h"
 #include "runtime/philox.h"
 #include "runtime/tensor.h"
 
@@ -24,7 +25,7 @@ struct Work {
 // Launches on a GPU return at once: this many are timed together, and the last is waited for.
 inline int calls_per_iteration() { return default_device() == DeviceKind::kCuda ? 20 : 1; }
 inline void wait_for_device() {
-  if (default_device() == DeviceKind::kCuda) Tensor::zeros({1}, DType::kF32).on(DeviceKind::kCpu);
+  lightmoe::wait_for_device(default_device());
 }
 
 // `make` is called when the benchmark runs, so that only the shapes in use take memory.

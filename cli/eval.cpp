@@ -6,6 +6,7 @@
 #include "cli/load.h"
 #include "cli/verb.h"
 #include "kernels/gemm.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/eval.h"
 #include "runtime/error.h"

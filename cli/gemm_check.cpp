@@ -9,6 +9,7 @@
 #include "cli/verb.h"
 #include "kernels/gemm_check.h"
 #include "kernels/gemm_plugin.h"
+#include "runtime/device.h"
 #include "runtime/error.h"
 #include "runtime/philox.h"
 
@@ -36,22 +37,18 @@ Tensor random_matrix(int64_t rows, int64_t columns, DType dtype) {
   return host.to(dtype).on(default_device());
 }
 
-void wait_for_device() {
-  if (default_device() != DeviceKind::kCpu) Tensor::zeros({1}, DType::kF32).on(DeviceKind::kCpu);
-}
-
 // Median microseconds of 3 to 20 runs, until a quarter of a second has passed.
 template <class F>
 double time_us(F&& call) {
   using Clock = std::chrono::steady_clock;
   call();
-  wait_for_device();
+  wait_for_device(default_device());
   std::vector<double> times;
   const auto begin = Clock::now();
   while (times.size() < 3 || (times.size() < 20 && Clock::now() - begin < std::chrono::milliseconds(250))) {
     const auto start = Clock::now();
     call();
-    wait_for_device();
+    wait_for_device(default_device());
     times.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count());
   }
   std::nth_element(times.begin(), times.begin() + static_cast<int64_t>(times.size() / 2), times.end());

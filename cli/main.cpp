@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <new>
 #include <nlohmann/json.hpp>
@@ -11,6 +12,9 @@
 #include "cli/config_file.h"
 #include "cli/verb.h"
 #include "kernels/gemm_plugin.h"
+#include "kernels/gemm_tuning.h"
+#include "loaders/json.h"
+#include "runtime/device.h"
 #include "runtime/error.h"
 #include "runtime/nearest.h"
 #include "runtime/parallel.h"
@@ -28,9 +32,10 @@ int exit_code_on_success = 0;
 
 // Options of every verb.
 struct Common {
-  std::string config, device = "cpu", gemm = "auto", trace;
+  std::string config, device = "cpu", gemm = "auto", trace, profile_steps, gemm_tuning;
   int threads = 0;
-  bool print_config = false, log_json = false, gemm_picks = false;
+  uint64_t max_gpu_memory = 0;
+  bool print_config = false, log_json = false, gemm_picks = false, nvtx = false, gemm_tune = false;
 };
 
 void add_common(CLI::App& app, Common& common) {
@@ -40,12 +45,20 @@ void add_common(CLI::App& app, Common& common) {
   app.add_option("--device", common.device, "cpu; sim (GPU kernels on a simulator); cuda")
       ->group(group)
       ->capture_default_str();
+  app.add_option("--max-gpu-memory", common.max_gpu_memory, "most that sim or cuda may take, as 70GiB (0 = no limit)")
+      ->transform(CLI::AsSizeValue(true))
+      ->group(group);
   app.add_option("--threads", common.threads, "threads (0 = all cores)")->group(group)->capture_default_str();
   app.add_option("--gemm", common.gemm, "GEMM backend by name, auto, or a plug-in (./my_gemm.so)")
       ->group(group)
       ->capture_default_str();
   app.add_flag("--gemm-picks", common.gemm_picks, "print which backend each shape got, on stderr")->group(group);
+  app.add_option("--gemm-tuning", common.gemm_tuning, "file of measured choices between GEMM backends")->group(group);
+  app.add_flag("--gemm-tune", common.gemm_tune, "measure shapes that the file does not know, and write it")
+      ->group(group);
   app.add_option("--trace", common.trace, "write a timeline (Chrome-trace JSON) to this file")->group(group);
+  app.add_flag("--nvtx", common.nvtx, "name ranges for Nsight (on by itself under nsys)")->group(group);
+  app.add_option("--profile-steps", common.profile_steps, "trace and profile steps A:B alone")->group(group);
   app.add_flag("--log-json", common.log_json, "errors as one JSON object on stderr")->group(group);
 }
 
@@ -54,11 +67,21 @@ void apply_common(const Common& common) {
   check(device_available(device), ErrorKind::kDevice, "--device {}: not in this build, or none in this machine",
         common.device);
   set_default_device(device);
+  set_device_memory_limit(static_cast<int64_t>(common.max_gpu_memory));
   check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage, "--threads {}: expected 0 to 4096",
         common.threads);
   if (common.threads > 0) omp_set_num_threads(common.threads);
   force_gemm_backend(is_gemm_plugin_path(common.gemm) ? use_gemm_plugin(common.gemm) : std::string_view(common.gemm));
+  check(!common.gemm_tune || !common.gemm_tuning.empty(), ErrorKind::kUsage,
+        "--gemm-tune: name the file with --gemm-tuning");
+  if (!common.gemm_tuning.empty()) {
+    use_gemm_tuning(common.gemm_tuning, common.gemm_tune,
+                    [](const std::string& line) { fmt::print(stderr, "{}\n", line); });
+  }
+  if (!common.profile_steps.empty()) profile_steps(common.profile_steps);
   if (!common.trace.empty()) trace_start();
+  // nsys tells its programs where its half of NVTX is.
+  if (common.nvtx || (nvtx_available() && std::getenv("NVTX_INJECTION64_PATH") != nullptr)) nvtx_start();
 }
 
 std::string one_line(std::string text) {
@@ -159,6 +182,8 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
   }
   apply_common(common);
   action();
+  profile_step(-1);
+  write_gemm_tuning();
   if (!common.trace.empty()) trace_write(common.trace);
   if (common.gemm_picks) {
     for (const std::string& line : gemm_picks()) fmt::print(stderr, "gemm: {}\n", line);

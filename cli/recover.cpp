@@ -8,6 +8,7 @@
 #include "cli/training_flags.h"
 #include "cli/verb.h"
 #include "compress/text.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/eval.h"
 #include "model/progress.h"

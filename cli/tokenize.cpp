@@ -4,6 +4,7 @@
 
 #include "cli/verb.h"
 #include "loaders/dataset_lines.h"
+#include "loaders/json.h"
 #include "loaders/tokenizer.h"
 #include "runtime/error.h"
 

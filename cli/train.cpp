@@ -9,6 +9,7 @@
 #include "cli/training_flags.h"
 #include "cli/verb.h"
 #include "compress/record.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/checkpoint.h"
 #include "model/eval.h"

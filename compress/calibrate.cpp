@@ -187,7 +187,7 @@ Statistics calibrate(const Olmoe& model, const CalibrationSet& set, const std::s
   statistics.tokens = set.tokens;
   Collector collector(model, options, statistics);
   const Observer observer{.on_router = [&](const RouterView& view) { collector.add(view); }};
-  int64_t done = 0;
+  int64_t done = 0, batch = 0;
   for (size_t next = 0; next < set.sequences.size();) {
     std::vector<int32_t> ids, positions, begins;
     collector.sampled_rows.clear();
@@ -205,6 +205,7 @@ Statistics calibrate(const Olmoe& model, const CalibrationSet& set, const std::s
       }
     }
     begins.push_back(static_cast<int32_t>(ids.size()));
+    profile_step(batch++);
     const TraceRange range(TraceLevel::kStep, "calibrate", static_cast<int64_t>(ids.size()));
     model.forward(make_packed_batch(ids, {}, positions, begins), {.compute = options.compute, .observer = &observer});
     done += static_cast<int64_t>(ids.size());

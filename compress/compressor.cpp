@@ -6,6 +6,7 @@
 #include "compress/adapter.h"
 #include "compress/streamed_tensors.h"
 #include "compress/text.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "runtime/version.h"
 

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "compress/selection.h"
+#include "loaders/json.h"
 
 namespace lightmoe {
 

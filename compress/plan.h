@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "compress/budget.h"
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 #include "model/slot_table.h"
 
 namespace lightmoe {

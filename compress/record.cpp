@@ -1,5 +1,6 @@
 #include "compress/record.h"
 
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/config.h"
 #include "runtime/version.h"

@@ -6,6 +6,7 @@
 #include "compress/text.h"
 #include "compress/weights.h"
 #include "kernels/gemm.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/weights.h"
 

@@ -7,6 +7,7 @@
 #include "compress/runner.h"
 #include "compress/selection.h"
 #include "compress/text.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "loaders/safetensors.h"
 #include "model/config.h"

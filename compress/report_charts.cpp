@@ -9,6 +9,7 @@
 
 #include "compress/svg.h"
 #include "compress/text.h"
+#include "loaders/json.h"
 
 namespace lightmoe {
 namespace {

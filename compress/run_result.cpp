@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "loaders/json.h"
 #include "runtime/error.h"
 
 namespace lightmoe {

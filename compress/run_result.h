@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 
 namespace lightmoe {
 

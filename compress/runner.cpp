@@ -7,6 +7,7 @@
 #include "compress/stages.h"
 #include "compress/statistics.h"
 #include "compress/text.h"
+#include "loaders/json.h"
 
 namespace lightmoe {
 namespace {

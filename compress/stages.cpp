@@ -9,6 +9,7 @@
 #include "compress/stage_keys.h"
 #include "compress/text.h"
 #include "compress/weights.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/eval.h"
 #include "model/training_data.h"

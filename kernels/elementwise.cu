@@ -101,6 +101,24 @@ void blend_device(const Blend& op) {
   });
 }
 
+// Tensor::copy_from between f32 and bf16.
+template <class From, class To>
+void convert_to(const void* from, void* to, size_t count) {
+  const auto n = static_cast<int64_t>(count);
+  const From* source = static_cast<const From*>(from);
+  To* target = static_cast<To*>(to);
+  const int64_t blocks = ceil_div(n, int64_t{kThreads} * kVectorOf<From, From, To>);
+  launch<elementwise_kernel<From, From, To, Same>>({.blocks = {uint32_t(blocks)}, .threads = {kThreads}}, source,
+                                                   static_cast<const From*>(nullptr), target, n, Same{},
+                                                   aligned_rows(0, source, target));
+}
+bool convert_device(const void* from, DType from_type, void* to, DType to_type, size_t count) {
+  if (from_type == DType::kF32 && to_type == DType::kBF16) return convert_to<float, bf16>(from, to, count), true;
+  if (from_type == DType::kBF16 && to_type == DType::kF32) return convert_to<bf16, float>(from, to, count), true;
+  return false;
+}
+const RegisterDeviceConvert register_convert{kDevice, &convert_device};
+
 const RegisterKernel<Add> register_add{kDevice, &add_device};
 const RegisterKernel<Axpy> register_axpy{kDevice, &axpy_device};
 const RegisterKernel<Scale> register_scale{kDevice, &scale_device};

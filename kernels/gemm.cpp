@@ -5,6 +5,8 @@
 #include <mutex>
 #include <tuple>
 
+#include "kernels/gemm_tuning.h"
+
 namespace lightmoe {
 namespace {
 
@@ -175,13 +177,14 @@ const GemmBackend& pick_gemm(const GemmDesc& desc) {
   const GemmBackend* best = nullptr;
   double best_cost = 0;
   std::string_view refused;
+  const std::string_view tuned = choice().forced == "auto" ? tuned_gemm_backend(desc) : std::string_view();
   for (const GemmBackend& backend : backends()) {
     const bool forced = backend.name == choice().forced;
     if (!backend.supports(desc)) {
       if (forced) refused = backend.name;
       continue;
     }
-    const double cost = forced ? -1 : backend.cost(desc);
+    const double cost = forced || backend.name == tuned ? -1 : backend.cost(desc);
     if (best == nullptr || cost < best_cost) best = &backend, best_cost = cost;
   }
   if (best != nullptr && best->name == choice().forced) refused = {};  // its entry for another device refused
@@ -240,6 +243,8 @@ void run(const Gemm& op) {
           op.b.shape(), op.trans_b ? "^T" : "", op.c.shape());
   check_window("gemm", "a", op.a, op.a_column, op.trans_a ? desc.m : desc.k);
   check_window("gemm", "c", op.c, op.c_column, desc.n);
+  const TraceRange range(TraceLevel::kOp, "gemm.dense", desc.m);
+  tune_gemm(op, desc);
   pick_gemm(desc).dense(op);
 }
 
@@ -255,6 +260,8 @@ void run(const GroupedGemmM& op) {
   check_rows(kName, "a", op.a, op.a_rows, desc.m);
   check_window(kName, "a", op.a, op.a_column, desc.k);
   check_window(kName, "c", op.c, op.c_column, desc.n);
+  const TraceRange range(TraceLevel::kOp, "gemm.grouped_m", desc.m);
+  tune_gemm(op, desc);
   pick_gemm(desc).grouped_m(op);
 }
 
@@ -273,6 +280,8 @@ void run(const GroupedGemmK& op) {
   check_rows(kName, "b", op.b, op.b_rows, desc.k);
   check_window(kName, "a", op.a, op.a_column, desc.m);
   check_window(kName, "b", op.b, op.b_column, desc.n);
+  const TraceRange range(TraceLevel::kOp, "gemm.grouped_k", desc.k);
+  tune_gemm(op, desc);
   pick_gemm(desc).grouped_k(op);
 }
 

@@ -21,6 +21,8 @@ void check_cublas(cublasStatus_t status, const char* what) {
   check(status == CUBLAS_STATUS_SUCCESS, ErrorKind::kDevice, "cuda: {}: {}", what, cublasGetStatusString(status));
 }
 
+cudaStream_t stream() { return static_cast<cudaStream_t>(compute_stream(kDevice)); }
+
 struct Library {
   cublasHandle_t cublas = nullptr;
   cublasLtHandle_t light = nullptr;
@@ -28,6 +30,7 @@ struct Library {
   Library() : workspace(Buffer::allocate(kWorkspaceBytes, DeviceKind::kCuda, MemoryCategory::kScratch)) {
     check_cublas(cublasCreate(&cublas), "cublasCreate");
     check_cublas(cublasLtCreate(&light), "cublasLtCreate");
+    check_cublas(cublasSetStream(cublas, stream()), "cublasSetStream");
   }
 };
 Library& library() {
@@ -76,7 +79,7 @@ void multiply_dense(const Gemm& op) {
     const float alpha = static_cast<float>(p.alpha), beta = static_cast<float>(p.beta);
     // No algorithm named: the library asks its heuristics and remembers the answer.
     check_cublas(cublasLtMatmul(library().light, operation.it, &alpha, p.b.data, b.it, p.a.data, a.it, &beta, p.c, c.it,
-                                p.c, c.it, nullptr, library().workspace->data(), kWorkspaceBytes, nullptr),
+                                p.c, c.it, nullptr, library().workspace->data(), kWorkspaceBytes, stream()),
                  "cublasLtMatmul");
   }
 }
@@ -118,7 +121,7 @@ void multiply_batch(const GemmLaunch& p, const Batch& batch, double beta_value) 
                    static_cast<void* const*>(out.raw()), type_of(p.c_type), out_stride.data(), static_cast<int>(count),
                    ones.data(), CUBLAS_COMPUTE_32F),
                "cublasGemmGroupedBatchedEx");
-  check_cuda(cudaStreamSynchronize(nullptr), "cublasGemmGroupedBatchedEx");  // the lists of addresses end here
+  check_cuda(cudaStreamSynchronize(stream()), "cublasGemmGroupedBatchedEx");  // the lists of addresses end here
 }
 
 const void* row_of(const GemmOperand& x, DType dtype, int row) {

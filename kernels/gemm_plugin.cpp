@@ -11,6 +11,8 @@
 
 #include "kernels/gemm_check.h"
 #include "kernels/plugin/lightmoe_gemm.h"
+#include "runtime/device.h"
+#include "runtime/device_info.h"
 #include "runtime/parallel.h"
 
 namespace lightmoe {
@@ -78,7 +80,7 @@ void enqueue(lightmoe_gemm_problem& p, const Tensor& on) {
       bytes > 0 ? Tensor::empty({static_cast<int64_t>(bytes) + 255}, DType::kU8, on.device()) : Tensor();
   void* aligned =
       space.defined() ? reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(space.raw()) + 255) / 256 * 256) : nullptr;
-  check_status(open.calls->enqueue(open.context, &p, aligned, bytes, nullptr), "enqueue");
+  check_status(open.calls->enqueue(open.context, &p, aligned, bytes, compute_stream(on.device())), "enqueue");
 }
 
 void multiply_dense(const Gemm& op) {
@@ -197,6 +199,7 @@ const GemmBackend& open_gemm_plugin(const std::string& given) {
   lightmoe_gemm_host host{};
   host.struct_size = sizeof host;
   host.device = device == DeviceKind::kCuda ? LIGHTMOE_GEMM_CUDA : LIGHTMOE_GEMM_CPU;
+  host.compute_capability = device_info(device).compute_capability;
   host.threads = num_threads();
   host.workspace_limit_bytes = kWorkspaceLimitBytes;
   host.log = &log_line;

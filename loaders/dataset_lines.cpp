@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "loaders/json.h"
 #include "runtime/error.h"
 
 namespace lightmoe {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "loaders/input_file.h"
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 
 namespace lightmoe {
 

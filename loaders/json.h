@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "loaders/json_type.h"
+
 namespace lightmoe {
 
 struct JsonLimits {
@@ -14,7 +16,6 @@ struct JsonLimits {
   int max_depth = 64;
   int64_t max_values = 50'000'000;
 };
-using Json = nlohmann::ordered_json;
 // `name` (file, or file:line) starts the message of every error.
 Json parse_json(std::string_view text, const std::string& name, const JsonLimits& limits = {});
 Json read_json_file(const std::string& path, const JsonLimits& limits = {});

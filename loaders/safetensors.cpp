@@ -10,6 +10,7 @@
 #include "loaders/input_file.h"
 #include "loaders/json.h"
 #include "loaders/safetensors_header.h"
+#include "runtime/device.h"
 #include "runtime/error.h"
 #include "runtime/parallel.h"
 
@@ -149,14 +150,14 @@ const TensorInfo* SafetensorsFile::find(const std::string& name) const {
   return found == state_->index.end() ? nullptr : &state_->header.tensors[found->second];
 }
 
-// Files are read by the host: what the host cannot write to gets its values through a copy of one tensor.
+// Files are read by the host: what the host cannot write to gets its values piece by piece. read(first element, count, to).
 template <class Read>
 static void fill_from_host(const Tensor& out, Read&& read) {
-  if (is_host_memory(out.device())) return read(out.raw());
-  const MemoryScope scope(MemoryCategory::kScratch);
-  const Tensor staged = Tensor::empty(out.shape(), out.dtype(), DeviceKind::kCpu);
-  read(staged.raw());
-  out.copy_from(staged);
+  if (is_host_memory(out.device())) return read(0, out.numel(), out.raw());
+  const auto size = size_of(out.dtype());
+  upload(out.device(), out.raw(), static_cast<size_t>(out.bytes()), [&](void* piece, size_t offset, size_t count) {
+    read(static_cast<int64_t>(offset / size), static_cast<int64_t>(count / size), piece);
+  });
 }
 
 Tensor SafetensorsFile::read(const std::string& name, DType dtype) const {
@@ -165,7 +166,8 @@ Tensor SafetensorsFile::read(const std::string& name, DType dtype) const {
   check(info->shape.size() <= Shape::kMaxRank, ErrorKind::kInput, "{}: shape {} has more than {} dimensions",
         state_->where(*info), shape_text(info->shape), Shape::kMaxRank);
   const Tensor out = Tensor::empty(Shape(info->shape), dtype);
-  fill_from_host(out, [&](void* data) { state_->read_elements(*info, 0, out.numel(), data, dtype); });
+  fill_from_host(
+      out, [&](int64_t first, int64_t count, void* to) { state_->read_elements(*info, first, count, to, dtype); });
   return out;
 }
 
@@ -184,8 +186,9 @@ void SafetensorsFile::read_rows(const TensorInfo& info, int64_t first_row, const
   check(fits, ErrorKind::kInput, "{}: shape {}, asked for rows {}..{} as {}", state_->where(info),
         shape_text(info.shape), first_row, first_row + (out.rank() > 0 ? out.dim(0) : 0), out.shape());
   const int64_t row = info.shape[0] == 0 ? 0 : info.numel() / info.shape[0];
-  fill_from_host(out,
-                 [&](void* data) { state_->read_elements(info, first_row * row, out.numel(), data, out.dtype()); });
+  fill_from_host(out, [&](int64_t first, int64_t count, void* to) {
+    state_->read_elements(info, first_row * row + first, count, to, out.dtype());
+  });
 }
 
 void SafetensorsFile::read_raw(const TensorInfo& info, uint64_t offset, void* out, size_t bytes) const {

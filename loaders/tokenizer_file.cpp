@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <unordered_set>
 
+#include "loaders/json.h"
 #include "runtime/error.h"
 
 namespace lightmoe {

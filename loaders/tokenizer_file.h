@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 
 namespace lightmoe {
 

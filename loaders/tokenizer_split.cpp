@@ -3,6 +3,7 @@
 
 #include <pcre2.h>
 
+#include "loaders/json.h"
 #include "loaders/tokenizer_text.h"
 #include "runtime/error.h"
 

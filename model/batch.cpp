@@ -5,6 +5,10 @@
 namespace lightmoe {
 namespace {
 
+int64_t count_labels(const std::vector<int32_t>& labels) {
+  return std::count_if(labels.begin(), labels.end(), [](int32_t label) { return label != -100; });
+}
+
 // Collects sequences; key rows are the batch's own rows.
 struct SequenceLists {
   std::vector<int32_t> q_begin, k_begin, k_count, q_pos;
@@ -66,6 +70,7 @@ Batch make_batch(const std::vector<int32_t>& ids, int64_t rows, int64_t length, 
       if ((i + 1) % static_cast<size_t>(length) != 0) aligned[i] = hf_labels[i + 1];
     }
     batch.labels = tensor_of(aligned);
+    batch.num_labels = count_labels(aligned);
   }
   if (!attention_mask.empty()) batch.mask = Tensor::from(attention_mask, {rows * length});
   return batch;
@@ -87,6 +92,7 @@ Batch make_packed_batch(const std::vector<int32_t>& ids, const std::vector<int32
           .labels = labels.empty() ? Tensor() : tensor_of(labels),
           .positions = tensor_of(positions),
           .sequences = sequences.finish(tokens),
+          .num_labels = count_labels(labels),
           .mask = {}};
 }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "loaders/output_internal.h"
 #include "loaders/safetensors.h"

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "model/checkpoint.h"
+#include "loaders/json.h"
 #include "runtime/version.h"
 
 namespace lightmoe {

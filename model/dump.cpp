@@ -86,7 +86,7 @@ std::vector<std::pair<std::string, Tensor>> dump_model(Olmoe& model, const DumpI
   const Tensor hidden = model.forward(batch, {.observer = &observer});
   put("logits", model.logits(hidden, {}));
   Tape tape(false);
-  const double aux = load_balance_loss(tape, probs, slots, batch.mask, 1);
+  const double aux = load_balance_loss(tape, probs, slots, batch.mask, 1).value();
   out.emplace_back("loss_aux", scalar(aux));
   if (input.labels.empty()) return out;
 
@@ -96,7 +96,7 @@ std::vector<std::pair<std::string, Tensor>> dump_model(Olmoe& model, const DumpI
   check(count > 0, ErrorKind::kInput,
         "labels: every position is ignored (-100), or none is left after the shift by one");
   const double scale = 1.0 / static_cast<double>(count);
-  const double ce = scale * lm_head_loss(tape, Tape::constant(hidden), model.lm_head, batch.labels, 1, {});
+  const double ce = scale * lm_head_loss(tape, Tape::constant(hidden), model.lm_head, batch.labels, 1, {}).value();
   out.emplace_back("loss_ce", scalar(ce));
   out.emplace_back("loss_total", scalar(ce + model.config.router_aux_loss_coef * aux));
   if (!gradients) return out;

@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "loaders/dataset.h"
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 #include "loaders/tokenizer.h"
 #include "model/olmoe.h"
 

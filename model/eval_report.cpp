@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "loaders/json.h"
 #include "model/eval.h"
 
 namespace lightmoe {

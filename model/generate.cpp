@@ -123,7 +123,9 @@ void run_batch(const Olmoe& model, std::vector<Sequence>& sequences, const Gener
     ids.insert(ids.end(), s.prompt.begin(), s.prompt.end());
     counts.push_back(static_cast<int32_t>(s.prompt.size()));
   }
+  int64_t pass = 0;
   for (bool prefill = true; !ids.empty(); prefill = false) {
+    profile_step(pass++);
     const TraceRange range(TraceLevel::kPhase, prefill ? "prefill" : "decode", static_cast<int64_t>(ids.size()));
     const Clock::time_point start = Clock::now();
     choose_tokens(model, model.forward_cached(ids, counts, cache, options.forward), counts, sequences, options);

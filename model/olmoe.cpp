@@ -40,12 +40,6 @@ void drop_repeated(std::vector<ParameterPtr>& list) {
   std::erase_if(list, [&](const ParameterPtr& p) { return !seen.insert(p.get()).second; });
 }
 
-int64_t count_labels(const Tensor& labels) {
-  const Tensor host = labels.on(DeviceKind::kCpu);
-  const int32_t* values = host.data<int32_t>();
-  return std::count_if(values, values + host.numel(), [](int32_t label) { return label != -100; });
-}
-
 }  // namespace
 
 KvCache::KvCache(const OlmoeConfig& config, int64_t sequences, int64_t max, DType dtype)
@@ -145,7 +139,8 @@ Tensor Olmoe::logits(const Tensor& hidden, const ForwardOptions& options) const 
 
 TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& options) {
   require(batch.labels.defined(), "forward_backward: the batch has no labels");
-  TrainLosses losses{.labels = count_labels(batch.labels)};
+  TrainLosses losses{.labels = batch.num_labels};
+  Loss ce, aux;
   Tape tape;
   {
     const TraceRange trace(TraceLevel::kPhase, "forward", batch.tokens());
@@ -169,16 +164,17 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
       slots.push_back(out[2].value);
     }
     x = rms_norm(tape, x, final_norm, config.rms_norm_eps);
-    losses.ce_sum = lm_head_loss(tape, x, lm_head, batch.labels, options.loss_scale, options.compute);
+    ce = lm_head_loss(tape, x, lm_head, batch.labels, options.loss_scale, options.compute);
     Tape reporting(false);
     const double aux_scale = options.aux_coef * options.aux_scale;
-    losses.aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
+    aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
   }
   const TraceRange trace(TraceLevel::kPhase, "backward", batch.tokens());
   tape.backward();
   for (const ParameterPtr& p : parameters()) {
     if (p->trainable) p->ensure_grad();
   }
+  losses.ce_sum = ce.value(), losses.aux = aux.value();  // the host waits here and nowhere before
   return losses;
 }
 

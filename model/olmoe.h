@@ -30,6 +30,7 @@ struct Block {
 struct Batch {
   Tensor ids, labels, positions;  // i32 [T]; labels may be undefined
   AttentionSequences sequences;   // key rows are this batch's own rows (no cache)
+  int64_t num_labels = 0;         // rows with a label
   Tensor mask;                    // u8 [T], 0 = padding (left out of the aux loss), undefined = all real
   int64_t tokens() const { return ids.dim(0); }
 };

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <fstream>
 
+#include "loaders/json.h"
 #include "runtime/memory.h"
 
 namespace fs = std::filesystem;

@@ -14,7 +14,7 @@
 #include <string>
 #include <string_view>
 
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 #include "loaders/output.h"
 #include "model/trainer.h"
 

@@ -1,5 +1,6 @@
 #include "model/slot_table.h"
 
+#include "loaders/json.h"
 #include "runtime/error.h"
 
 namespace lightmoe {

@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 #include "model/config.h"
 #include "model/moe.h"
 

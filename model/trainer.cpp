@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/checkpoint.h"
 #include "model/progress.h"
@@ -172,6 +173,7 @@ void Training::warn_of_full_disk(const TrainingMemory& memory) {
 }
 
 void Training::one_step(int64_t step) {
+  profile_step(step);
   const TraceRange range(TraceLevel::kStep, "step", step);
   const double begin = seconds_now();
   if (hooks_.before_step) hooks_.before_step(step);

@@ -18,7 +18,7 @@
 #include "autograd/optimizer.h"
 #include "autograd/schedule.h"
 #include "loaders/dataset.h"
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 #include "model/olmoe.h"
 
 namespace lightmoe {

@@ -1,20 +1,34 @@
-// Memory of the GPU, in builds with CUDA (make CUDA=1); nothing otherwise. Registers only where a GPU answers.
+// Memory and queue of the GPU, in builds with CUDA (make CUDA=1); nothing otherwise. Registers only where a GPU answers.
 #ifdef LIGHTMOE_CUDA
 
 #include <cuda_runtime.h>
 
+#include "runtime/device.h"
+#include "runtime/device_info.h"
+#include "runtime/device_pool.h"
 #include "runtime/error.h"
 #include "runtime/memory.h"
 
 namespace lightmoe {
 namespace {
 
-void check_cuda(cudaError_t error, const char* what, size_t bytes) {
+void check_cuda(cudaError_t error, const char* what, size_t bytes = 0) {
   check(error == cudaSuccess, ErrorKind::kDevice, "cuda: {} of {} bytes: {}", what, bytes, cudaGetErrorString(error));
 }
 
-void* allocate(size_t bytes) {
-  if (bytes == 0) return nullptr;
+// Everything is queued here; it does not wait for the default stream nor does that wait for it.
+cudaStream_t stream() {
+  static const cudaStream_t created = [] {
+    cudaStream_t s = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "a stream");
+    return s;
+  }();
+  return created;
+}
+void* stream_handle() { return stream(); }
+void wait() { check_cuda(cudaStreamSynchronize(stream()), "work queued before"); }
+
+void* allocate_from_device(size_t bytes) {
   void* data = nullptr;
   const cudaError_t error = cudaMalloc(&data, bytes);
   if (error == cudaErrorMemoryAllocation) {
@@ -24,17 +38,79 @@ void* allocate(size_t bytes) {
   check_cuda(error, "allocation", bytes);
   return data;
 }
-void release(void* data, size_t) { cudaFree(data); }
-void copy(void* to, const void* from, size_t bytes) {
-  check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "copy", bytes);
-  check_cuda(cudaDeviceSynchronize(), "copy", bytes);
+void release_to_device(void* data, size_t) { cudaFree(data); }  // waits for the device first
+
+DevicePool& pool() {
+  static DevicePool* made = new DevicePool({&allocate_from_device, &release_to_device});  // outlives static tensors
+  return *made;
 }
-void fill(void* data, int byte, size_t bytes) { check_cuda(cudaMemset(data, byte, bytes), "fill", bytes); }
+void* allocate(size_t bytes) { return pool().allocate(bytes); }
+void release(void* data, size_t bytes) { pool().release(data, bytes); }
+
+void copy(void* to, const void* from, size_t bytes) {
+  check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()), "copy", bytes);
+  cudaPointerAttributes a{}, b{};
+  const bool inside = cudaPointerGetAttributes(&a, to) == cudaSuccess && a.type == cudaMemoryTypeDevice &&
+                      cudaPointerGetAttributes(&b, from) == cudaSuccess && b.type == cudaMemoryTypeDevice;
+  if (!inside) check_cuda(cudaStreamSynchronize(stream()), "copy", bytes);  // the host's end may be read or reused now
+}
+void fill(void* data, int byte, size_t bytes) {
+  check_cuda(cudaMemsetAsync(data, byte, bytes, stream()), "fill", bytes);
+}
+
+void* allocate_staging(size_t bytes) {
+  void* data = nullptr;
+  return cudaHostAlloc(&data, bytes, cudaHostAllocDefault) == cudaSuccess ? data : nullptr;
+}
+void release_staging(void* data) { cudaFreeHost(data); }
+cudaEvent_t sent(int slot) {
+  static cudaEvent_t events[2] = {};
+  if (events[slot] == nullptr) check_cuda(cudaEventCreateWithFlags(&events[slot], cudaEventDisableTiming), "an event");
+  return events[slot];
+}
+void upload_piece(void* to, const void* from, size_t bytes, int slot) {
+  check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream()), "upload", bytes);
+  check_cuda(cudaEventRecord(sent(slot), stream()), "upload", bytes);
+}
+void wait_upload(int slot) { check_cuda(cudaEventSynchronize(sent(slot)), "upload"); }
+
+int64_t free_bytes() {
+  size_t available = 0, total = 0;
+  check_cuda(cudaMemGetInfo(&available, &total), "free memory");
+  return static_cast<int64_t>(available) + pool().use().kept_bytes;
+}
+void set_limit(int64_t bytes) { pool().set_limit(bytes); }
+
+DeviceInfo info() {
+  int device = 0, driver = 0, runtime = 0;
+  check_cuda(cudaGetDevice(&device), "query of the current device");
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDeviceProperties(&properties, device), "query of the device's properties");
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  const auto version = [](int number) { return fmt::format("{}.{}", number / 1000, number % 1000 / 10); };
+  return {.name = properties.name,
+          .compute_capability = 10 * properties.major + properties.minor,
+          .multiprocessors = properties.multiProcessorCount,
+          .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem),
+          .l2_bytes = properties.l2CacheSize,
+          .driver = version(driver),
+          .runtime = version(runtime)};
+}
 
 const bool registered = [] {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return false;
   register_device_memory(DeviceKind::kCuda, {&allocate, &release, &copy, &fill});
+  register_device_queue(DeviceKind::kCuda, {.stream = &stream_handle,
+                                            .wait = &wait,
+                                            .allocate_staging = &allocate_staging,
+                                            .release_staging = &release_staging,
+                                            .upload = &upload_piece,
+                                            .wait_upload = &wait_upload,
+                                            .free_bytes = &free_bytes,
+                                            .set_limit = &set_limit});
+  register_device_info(DeviceKind::kCuda, &info);
   return true;
 }();
 

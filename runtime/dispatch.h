@@ -7,6 +7,7 @@
 
 #include "runtime/error.h"
 #include "runtime/memory.h"
+#include "runtime/trace.h"
 
 namespace lightmoe {
 
@@ -32,6 +33,7 @@ template <class Op>
 void dispatch(const Op& op, DeviceKind device, const char* name) {
   const auto function = KernelTable<Op>::by_device[static_cast<int>(device)];
   check(function != nullptr, ErrorKind::kDevice, "{}: no kernel for device {} in this build", name, name_of(device));
+  const TraceRange range(TraceLevel::kOp, name);
   function(op);
 }
 

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <vector>
 
+#include "runtime/device.h"
 #include "runtime/error.h"
 
 namespace lightmoe {
@@ -152,6 +153,7 @@ bool device_available(DeviceKind device) {
 bool is_host_memory(DeviceKind device) { return device_memory()[static_cast<size_t>(device)].allocate == nullptr; }
 void copy_memory(void* to, DeviceKind to_device, const void* from, DeviceKind from_device, size_t bytes) {
   if (bytes == 0) return;
+  if (to_device != from_device) detail::count_transfer(to_device == DeviceKind::kCpu);
   const DeviceKind foreign = is_host_memory(to_device) ? from_device : to_device;
   const auto copy = device_memory()[static_cast<size_t>(foreign)].copy;
   copy != nullptr ? copy(to, from, bytes) : static_cast<void>(std::memcpy(to, from, bytes));
@@ -188,9 +190,16 @@ std::shared_ptr<Buffer> Buffer::allocate(size_t bytes, DeviceKind device, Memory
   check(device_available(device), ErrorKind::kDevice, "device {}: not in this build, or none in this machine",
         name_of(device));
   const auto allocate = device_memory()[static_cast<size_t>(device)].allocate;
+  const bool on_device = device != DeviceKind::kCpu;
+  check(!on_device || detail::book_device_bytes(static_cast<int64_t>(bytes)), ErrorKind::kMemory,
+        "out of {} memory: {} bytes asked for {}, {} bytes live, limit {} (--max-gpu-memory)", name_of(device), bytes,
+        name_of(category), device_live_bytes(), device_memory_limit());
   void* data = allocate != nullptr ? allocate(bytes) : allocate_host(bytes);
-  check(data != nullptr || bytes == 0, ErrorKind::kMemory, "out of {} memory: {} bytes asked for {}, {} bytes live",
-        device == DeviceKind::kCuda ? "cuda" : "host", bytes, name_of(category), total_account.live.load());
+  if (data == nullptr && bytes > 0) {
+    if (on_device) detail::book_device_bytes(-static_cast<int64_t>(bytes));
+    fail(ErrorKind::kMemory, "out of {} memory: {} bytes asked for {}, {} bytes live",
+         device == DeviceKind::kCuda ? "cuda" : "host", bytes, name_of(category), total_account.live.load());
+  }
   std::shared_ptr<Buffer> buffer(new Buffer);
   buffer->data_ = data;
   buffer->bytes_ = bytes;
@@ -205,6 +214,7 @@ std::shared_ptr<Buffer> Buffer::allocate(size_t bytes, DeviceKind device, Memory
 Buffer::~Buffer() {
   const auto release = device_memory()[static_cast<size_t>(device_)].release;
   release != nullptr ? release(data_, bytes_) : release_host(data_, bytes_);
+  if (device_ != DeviceKind::kCpu) detail::book_device_bytes(-static_cast<int64_t>(bytes_));
   accounts[static_cast<size_t>(category_)].live -= static_cast<int64_t>(bytes_);
   total_account.live -= static_cast<int64_t>(bytes_);
 }

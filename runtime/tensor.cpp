@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "runtime/device.h"
+
 namespace lightmoe {
 
 Shape::Shape(std::initializer_list<int64_t> dims) : Shape(std::vector<int64_t>(dims)) {}
@@ -96,15 +98,17 @@ Tensor Tensor::on(DeviceKind device) const {
 }
 void Tensor::copy_from(const Tensor& source) const {
   require(source.shape_ == shape_, "copy_from: {} into {}", source.shape_, shape_);
-  if (numel() == 0) return;
-  const bool on_host = is_host_memory(device_) && is_host_memory(source.device_);
+  const auto count = static_cast<size_t>(numel());
+  if (count == 0) return;
   if (dtype_ == source.dtype_) {
-    copy_memory(data_, device_, source.data_, source.device_, static_cast<size_t>(bytes()));
-  } else if (on_host) {
-    convert(source.data_, source.dtype_, data_, dtype_, static_cast<size_t>(numel()));
-  } else {
-    copy_from(source.on(DeviceKind::kCpu).to(dtype_));
+    return copy_memory(data_, device_, source.data_, source.device_, static_cast<size_t>(bytes()));
   }
+  const bool together = device_ == source.device_;
+  if (together && convert_on_device(device_, source.data_, source.dtype_, data_, dtype_, count)) return;
+  if (is_host_memory(device_) && is_host_memory(source.device_)) {
+    return convert(source.data_, source.dtype_, data_, dtype_, count);
+  }
+  copy_from(source.on(DeviceKind::kCpu).to(dtype_));
 }
 void Tensor::fill_zero() const { fill_memory(data_, device_, 0, static_cast<size_t>(bytes())); }
 

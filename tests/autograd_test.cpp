@@ -108,7 +108,7 @@ TEST(Autograd, LoadBalanceLossPooledOverLayers) {
   const double scale = 0.3;
   const auto loss = [&](Tape& tape) {
     const Routing a = router(tape, x, w1, {}, 2, false), b = router(tape, x, w2, {}, 2, false);
-    return scale * load_balance_loss(tape, {a.probs, b.probs}, {a.slots, b.slots}, mask, scale);
+    return scale * load_balance_loss(tape, {a.probs, b.probs}, {a.slots, b.slots}, mask, scale).value();
   };
   expect_good(loss, {x}, {w1, w2});
 }
@@ -118,7 +118,7 @@ TEST(Autograd, LmHeadLoss) {
   const ParameterPtr w = parameter({9, 5}, 2);
   const Tensor labels = Tensor::from<int32_t>({3, -100, 0, 8, 8, -100}, {6});
   const double scale = 0.25;
-  expect_good([&](Tape& tape) { return scale * lm_head_loss(tape, x, w, labels, scale, {}); }, {x}, {w});
+  expect_good([&](Tape& tape) { return scale * lm_head_loss(tape, x, w, labels, scale, {}).value(); }, {x}, {w});
 }
 
 // A small block with a shared input and two outputs, run directly or recomputed.

@@ -1,5 +1,6 @@
 // Stopping and going on: bit-exact, and refused when it is not the same run. Crashes, full disks and signals: trainer_faults_test.cpp.
 
+#include "loaders/json.h"
 #include "model/checkpoint.h"
 
 #include <signal.h>

@@ -9,6 +9,7 @@
 
 #include "compress/expert_scores.h"
 #include "compress/exporter.h"
+#include "loaders/json.h"
 #include "tests/support/compression.h"
 #include "tests/support/testing.h"
 

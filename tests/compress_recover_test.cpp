@@ -10,6 +10,7 @@
 #include "compress/calibrate.h"
 #include "compress/compressor.h"
 #include "compress/weights.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "tests/support/files.h"
 #include "tests/support/testing.h"

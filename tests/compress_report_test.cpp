@@ -7,6 +7,7 @@
 #include "compress/report_charts.h"
 #include "compress/report_pareto.h"
 #include "compress/svg.h"
+#include "loaders/json.h"
 
 namespace lightmoe {
 namespace {

@@ -6,6 +6,7 @@
 #include "compress/report.h"
 #include "compress/runner.h"
 #include "compress/weights.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "runtime/version.h"
 #include "tests/support/files.h"

@@ -7,6 +7,7 @@
 
 #include "compress/compressor.h"
 #include "compress/weights.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "model/olmoe.h"
 #include "runtime/philox.h"

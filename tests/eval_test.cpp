@@ -1,3 +1,4 @@
+#include "loaders/json.h"
 #include "model/eval.h"
 
 #include <cmath>

@@ -1,5 +1,6 @@
 // A whole model: gradients in double, saving and loading stock and compressed checkpoints, what is refused, batches.
 
+#include "loaders/json.h"
 #include "model/olmoe.h"
 
 #include "autograd/ops.h"
@@ -79,8 +80,8 @@ TEST(Olmoe, WholeModelGradientCheck) {
       };
       Tape tape(false);
       const Var hidden = Tape::constant(model->forward(batch, {.observer = &observer}));
-      return 0.1 * lm_head_loss(tape, hidden, model->lm_head, batch.labels, 1, {}) +
-             0.3 * load_balance_loss(tape, probs, slots, batch.mask, 1);
+      return 0.1 * lm_head_loss(tape, hidden, model->lm_head, batch.labels, 1, {}).value() +
+             0.3 * load_balance_loss(tape, probs, slots, batch.mask, 1).value();
     };
     const TrainLosses losses = model->forward_backward(batch, {.loss_scale = 0.1, .aux_coef = 0.3});
     EXPECT_NEAR(0.1 * losses.ce_sum + 0.3 * losses.aux, value(), 1e-12);

@@ -1,3 +1,4 @@
+#include "loaders/json.h"
 #include "loaders/output.h"
 
 #include <sys/mount.h>

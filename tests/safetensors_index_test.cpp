@@ -1,5 +1,6 @@
 // Sharded checkpoints whose index and shards disagree, or whose index leads out of the directory.
 
+#include "loaders/json.h"
 #include "loaders/safetensors_index.h"
 
 #include <sys/stat.h>

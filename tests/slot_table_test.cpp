@@ -1,3 +1,4 @@
+#include "loaders/json.h"
 #include "model/slot_table.h"
 
 #include <gtest/gtest.h>

@@ -1,5 +1,6 @@
 // The loop itself: normalisation, skipped updates, evaluation, hooks, the log. Checkpoints and signals: checkpoint_test.cpp.
 
+#include "loaders/json.h"
 #include "model/trainer.h"
 
 #include <cmath>

@@ -18,11 +18,13 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 
+#include "runtime/device.h"
 #include "runtime/dtype.h"
 #include "runtime/error.h"
 #include "runtime/memory.h"
@@ -46,7 +48,6 @@ using Dim3 = dim3;
 struct Launch {
   Dim3 blocks, threads;
   size_t shared_bytes = 0;
-  cudaStream_t stream = nullptr;
 };
 
 inline void check_cuda(cudaError_t error, const char* what) {
@@ -69,7 +70,13 @@ inline int compute_capability() {  // 90 for sm_90
   return value;
 }
 
-// A grid without blocks launches nothing.
+// LIGHTMOE_SYNC=1: every launch is waited for, so that an error names the kernel that made it and not one after it.
+inline bool wait_after_launch() {
+  static const bool wait = std::getenv("LIGHTMOE_SYNC") != nullptr && *std::getenv("LIGHTMOE_SYNC") == '1';
+  return wait;
+}
+
+// On the device's one stream. A grid without blocks launches nothing.
 template <auto kKernel, class... Arguments>
 void launch(const Launch& config, Arguments&&... arguments) {
   if (config.blocks.x == 0 || config.blocks.y == 0 || config.blocks.z == 0) return;
@@ -78,8 +85,10 @@ void launch(const Launch& config, Arguments&&... arguments) {
                                     static_cast<int>(config.shared_bytes)),
                __PRETTY_FUNCTION__);
   }
-  kKernel<<<config.blocks, config.threads, config.shared_bytes, config.stream>>>(std::forward<Arguments>(arguments)...);
+  const auto stream = static_cast<cudaStream_t>(compute_stream(kDevice));
+  kKernel<<<config.blocks, config.threads, config.shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
   check_cuda(cudaGetLastError(), __PRETTY_FUNCTION__);
+  if (wait_after_launch()) check_cuda(cudaStreamSynchronize(stream), __PRETTY_FUNCTION__);
 }
 
 template <class T>

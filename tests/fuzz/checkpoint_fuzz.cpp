@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "loaders/json.h"
 #include "model/checkpoint.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

@@ -8,6 +8,7 @@
 #include "compress/recover.h"
 #include "compress/weights.h"
 #include "demo/disjoint.h"
+#include "loaders/json.h"
 #include "loaders/tokenizer.h"
 #include "model/verify.h"
 #include "tests/support/testing.h"

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "loaders/json.h"
 #include "loaders/output.h"
 #include "tests/support/files.h"
 
