@@ -79,8 +79,8 @@ struct Axes {
   const char* unit_name = "MiB";
 };
 
-// Both panels share them.
-Axes axes_of(const Report& report, double width, double panel_height) {
+// Both panels have the same sizes, each its own scores.
+Axes axes_of(const Report& report, bool recovered, double width, double panel_height) {
   Axes axes;
   if (report.original_bytes >= 0x1p30)
     axes.unit = 0x1p30, axes.unit_name = "GiB";
@@ -90,6 +90,7 @@ Axes axes_of(const Report& report, double width, double panel_height) {
   for (const ReportRow& row : report.rows) {
     if (!row.average) continue;
     x_low = std::min(x_low, row.file_bytes / axes.unit), x_high = std::max(x_high, row.file_bytes / axes.unit);
+    if (row.recovered != recovered) continue;
     y_low = std::min(y_low, 100 * row.average->mean), y_high = std::max(y_high, 100 * row.average->mean);
   }
   const double x_pad = std::max(.09 * (x_high - x_low), .02 * x_high), y_pad = std::max(.07 * (y_high - y_low), 1.);
@@ -156,7 +157,7 @@ void draw_panel(Svg& svg, const Report& report, const Axes& axes, double top, bo
 std::string matrix_cell(const ReportRow* row, double best) {
   if (row == nullptr || !row->average) return "<td>-</td>";
   return fmt::format("<td{}>{}</td>", row->average->mean == best ? " class=\"best\"" : "",
-                     cell_text(nullptr, *row->average));
+                     fmt::format("{:.1f}", 100 * row->average->mean));
 }
 
 // Methods by ratios, each ratio without and with training; the best of the last column first.
@@ -239,13 +240,16 @@ std::vector<size_t> pareto_front(const Report& report, bool recovered) {
 std::string pareto_chart(const Report& report, double width, double panel_height) {
   const bool any = std::any_of(report.rows.begin(), report.rows.end(), [](const ReportRow& r) { return r.average; });
   if (!any) return "";
-  const Axes axes = axes_of(report, width, panel_height);
+  const Axes axes = axes_of(report, true, width, panel_height);
   const double bottom = 24;
   Svg svg(width, 2 * panel_height + bottom, "average quality against size of all methods");
-  draw_frame(svg, axes, 0, "average score, %, without training");
-  draw_panel(svg, report, axes, 0, false);
-  draw_frame(svg, axes, panel_height, "average score, %, with recovery");
-  draw_panel(svg, report, axes, panel_height, true);
+  for (const bool recovered : {false, true}) {
+    const double top = recovered ? panel_height : 0;
+    const Axes own = axes_of(report, recovered, width, panel_height);
+    if (pareto_front(report, recovered).empty()) continue;
+    draw_frame(svg, own, top, recovered ? "average score, %, with recovery" : "average score, %, without training");
+    draw_panel(svg, report, own, top, recovered);
+  }
   svg.text((axes.x.from + axes.x.to) / 2, 2 * panel_height + bottom - 6,
            fmt::format("weights on disk, {}", axes.unit_name), "middle", "class=\"name\"");
   return svg.str();

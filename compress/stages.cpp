@@ -94,14 +94,15 @@ std::string Stages::statistics_key(size_t task) {
                  {"tokens", c.tokens},
                  {"length", c.length},
                  {"sample", {c.sample_tokens, c.sample_length}},
-                 {"needs", {needs(&needs_all_outputs), needs(&needs_inputs)}},
                  {"seed", c.seed}});
 }
 
 void Stages::calibrate(size_t t) {
   const fs::path file = task_directory(t) / "statistics.safetensors", key_file = task_directory(t) / "statistics.key";
   fs::create_directories(task_directory(t));
-  const std::string key = statistics_key(t);
+  // What is collected beside does not change the rest: a method that joins the recipe leaves the others' stages as they are.
+  const std::string key =
+      key_of({{"statistics", statistics_key(t)}, {"needs", {needs(&needs_all_outputs), needs(&needs_inputs)}}});
   if (is_done(key_file, key) && fs::exists(file)) return;
   if (original_ == nullptr) original_ = load_model(recipe_.model, source_dtype());
   CalibrateOptions options = recipe_.calibrate;
