@@ -2,26 +2,23 @@
 
 #include "kernels/combine.h"
 #include "kernels/elementwise.h"
+#include "kernels/indexing.h"
 
 namespace lightmoe {
 
 ConstantTerms::ConstantTerms(const MoeLayer& layer, const Tensor& slots) : table_(layer.constants) {
   if (table_ == nullptr) return;
-  check(slots.device() == DeviceKind::kCpu, ErrorKind::kDevice, "{}: constant slots run on the CPU only, not on {}",
-        layer.router->name, name_of(slots.device()));
   std::vector<int32_t> constant_of_slot;
   for (const Slot& slot : layer.slots) {
     constant_of_slot.push_back(slot.kind == SlotKind::kConstant ? slot.constant : -1);
   }
   constant_of_slot.push_back(-1);
-  const int64_t constants = table_->value.dim(0);
-  plan_ = make_dispatch_plan(slots, constant_of_slot, constants);
-  std::vector<int32_t> constant(static_cast<size_t>(plan_.num_pairs));
-  const int32_t* offsets = plan_.pair_group_offsets.data<int32_t>();
-  for (int64_t c = 0; c < constants; ++c) {
-    for (int32_t p = offsets[c]; p < offsets[c + 1]; ++p) constant[static_cast<size_t>(p)] = static_cast<int32_t>(c);
-  }
-  constant_of_pair_ = Tensor::from(constant, {plan_.num_pairs});
+  plan_ = make_dispatch_plan(slots, constant_of_slot, table_->value.dim(0));
+  constant_ = Tensor::empty(slots.shape(), DType::kI32);
+  const auto count = static_cast<int64_t>(constant_of_slot.size());
+  run(Lookup{.table = Tensor::from(constant_of_slot, {count}), .index = slots, .y = constant_});
+  constant_of_pair_ = Tensor::empty({plan_.num_pairs}, DType::kI32);
+  run(Lookup{.table = constant_.reshape({constant_.numel()}), .index = plan_.pair_index, .y = constant_of_pair_});
 }
 
 // The table in the type of the activations.
@@ -30,10 +27,7 @@ Tensor ConstantTerms::rows_as(DType dtype) const {
 }
 
 void ConstantTerms::add_to_y(const Tensor& gates, const Tensor& y) const {
-  const Tensor index = Tensor::empty(plan_.index_pair.shape(), DType::kI32);
-  const int32_t *pair = plan_.index_pair.data<int32_t>(), *constant = constant_of_pair_.data<int32_t>();
-  for (int64_t i = 0; i < index.numel(); ++i) index.data<int32_t>()[i] = pair[i] < 0 ? -1 : constant[pair[i]];
-  run(Combine{.x = rows_as(y.dtype()), .index = index, .scales = gates, .accumulate = true, .y = y});
+  run(Combine{.x = rows_as(y.dtype()), .index = constant_, .scales = gates, .accumulate = true, .y = y});
 }
 
 void ConstantTerms::backward(const Tensor& dy, const Tensor& gates, const Tensor& dgates) const {

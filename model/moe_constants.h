@@ -21,6 +21,7 @@ class ConstantTerms {
   Tensor rows_as(DType dtype) const;
   ParameterPtr table_;  // [C,D]
   DispatchPlan plan_;   // groups are constants
+  Tensor constant_;     // [T,K] of each choice, -1 = none
   Tensor constant_of_pair_;
 };
 

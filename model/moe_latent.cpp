@@ -1,17 +1,13 @@
 #include "model/moe_latent.h"
 
-#include <cstring>
-
 #include "kernels/combine.h"
-#include "runtime/parallel.h"
+#include "kernels/indexing.h"
 
 namespace lightmoe {
 
 LatentTerms::LatentTerms(const MoeLayer& layer, const Tensor& slots, const DispatchPlan& pairs, GemmCompute compute)
     : projections_(layer.projections), compute_(compute) {
   if (layer.latents.empty()) return;
-  check(slots.device() == DeviceKind::kCpu, ErrorKind::kDevice, "{}: latent slots run on the CPU only, not on {}",
-        layer.router->name, name_of(slots.device()));
   std::vector<int32_t> projection_of_slot;
   for (const Slot& slot : layer.slots) {
     const bool latent = slot.kind == SlotKind::kLatent;
@@ -24,9 +20,8 @@ LatentTerms::LatentTerms(const MoeLayer& layer, const Tensor& slots, const Dispa
     latents_.push_back(layer.latents[static_cast<size_t>(layer.slots[static_cast<size_t>(slot)].latent)]);
   }
   pair_of_ = Tensor::empty({plan_.num_pairs}, DType::kI32);
-  for (int64_t p = 0; p < plan_.num_pairs; ++p) {
-    pair_of_.data<int32_t>()[p] = pairs.index_pair.data<int32_t>()[plan_.pair_index.data<int32_t>()[p]];
-  }
+  const Tensor pair_of_choice = pairs.index_pair.reshape({pairs.index_pair.numel()});
+  run(Lookup{.table = pair_of_choice, .index = plan_.pair_index, .y = pair_of_});
 }
 
 std::vector<Tensor> LatentTerms::factors(ParameterPtr Latent::*member) const {
@@ -59,12 +54,7 @@ void LatentTerms::add_to_h(const Tensor& x, const Tensor& h) {
   op.b = factors(&Latent::a_up), op.a_column = size_, op.c_column = width;
   run(op);
   // Rows of h that belong to latent slots hold zeros until here: each takes its row.
-  const size_t bytes = static_cast<size_t>(2 * width) * size_of(h.dtype());
-  parallel_for(0, plan_.num_pairs, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      std::memcpy(h.row(pair_of_.data<int32_t>()[p]).raw(), rows.row(p).raw(), bytes);
-    }
-  });
+  run(ScatterRows{.x = rows, .index = pair_of_, .y = h});
 }
 
 void LatentTerms::add_factor_gradient(ParameterPtr Latent::*member, GroupedGemmK op) const {

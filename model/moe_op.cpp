@@ -35,6 +35,7 @@ class MoeRun {
       : groups_(layer), compute_(compute), dtype_(x.dtype()), x_(x), gates_(gates) {
     const Tensor chosen = groups_.lane_of_slot.empty() ? slots : merge(slots);
     plan_ = make_dispatch_plan(chosen, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
+    if (pairs_are_visits()) bound_pairs_by_visits();
     low_rank_ = LowRankTerms::of(layer, groups_.adapter_of_slot, plan_, compute);
     constants_.emplace(layer, chosen);
     latents_.emplace(layer, chosen, plan_, compute);
@@ -79,6 +80,14 @@ class MoeRun {
     return zero_rows_ ? Tensor::zeros({plan_.num_visits, width}, dtype_) : empty(plan_.num_visits, width);
   }
   bool pairs_are_visits() const { return !groups_.shared; }
+  // On devices the counts are bounds (kernels/dispatch_plan.h), and that of the visits may be the closer one.
+  void bound_pairs_by_visits() {
+    if (plan_.num_pairs == plan_.num_visits) return;
+    for (Tensor* list : {&plan_.pair_token, &plan_.pair_index, &plan_.pair_visit}) {
+      *list = list->slice(0, plan_.num_visits);
+    }
+    plan_.num_pairs = plan_.num_visits;
+  }
   Tensor gated_sum(const Tensor& a) const {
     const Tensor s = empty(plan_.num_visits, width_);
     run(GatedSum{.a = a, .gates = gates_, .pair_index = plan_.pair_index, .pair_visit = plan_.pair_visit, .s = s});

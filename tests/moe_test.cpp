@@ -2,6 +2,7 @@
 
 #include "autograd/gradcheck.h"
 #include "model/moe_op.h"
+#include "tests/support/devices.h"
 #include "tests/support/moe_layers.h"
 
 namespace lightmoe {
@@ -152,13 +153,16 @@ TEST_P(Moe, EqualsTheMaterialisedFormInDouble) {
 TEST_P(Moe, EqualsTheMaterialisedFormInFloat) {
   // Two products deep (D, then F terms), a third in backward, every sum over at most tokens * K rows.
   const double tolerance = 3 * testing::sum_tolerance(DType::kF32, 100);
-  for (const DType frozen : {DType::kF32, DType::kBF16}) {
-    SCOPED_TRACE(name_of(frozen));
-    const MoeLayer layer = make_layer(GetParam(), frozen, DType::kF32, 2);
+  for (const DeviceKind device : testing::devices()) {
+    const DeviceScope scope(device);
+    for (const DType frozen : {DType::kF32, DType::kBF16}) {
+      SCOPED_TRACE(::testing::Message() << name_of(device) << ", " << name_of(frozen));
+      const MoeLayer layer = make_layer(GetParam(), frozen, DType::kF32, 2);
+      expect_equal_to_dense(layer, make_inputs(layer, 29, live_slots(layer), 3, DType::kF32), tolerance);
+    }
+    const MoeLayer layer = make_layer(GetParam(), DType::kBF16, DType::kBF16, 3);
     expect_equal_to_dense(layer, make_inputs(layer, 29, live_slots(layer), 3, DType::kF32), tolerance);
   }
-  const MoeLayer layer = make_layer(GetParam(), DType::kBF16, DType::kBF16, 3);
-  expect_equal_to_dense(layer, make_inputs(layer, 29, live_slots(layer), 3, DType::kF32), tolerance);
 }
 
 TEST_P(Moe, GradientCheck) {
