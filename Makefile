@@ -49,12 +49,14 @@ comma := ,
 
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
 # NVTX is headers alone, so builds without CUDA name their ranges for Nsight, too, where the toolkit is.
+ifeq ($(CUDA),1)
+$(BUILD)/obj/runtime/cuda_%.o: CPPFLAGS += -DLIGHTMOE_CUDA -isystem $(CUDA_HOME)/include
+endif
 NVTX_INCLUDE := $(if $(wildcard $(CUDA_HOME)/include/nvtx3/nvToolsExt.h),-isystem $(CUDA_HOME)/include)
 $(BUILD)/obj/runtime/cuda_nvtx.o: CPPFLAGS += $(if $(NVTX_INCLUDE),-DLIGHTMOE_NVTX $(NVTX_INCLUDE))
 NVCC_FLAGS := -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Werror all-warnings -Xcompiler -Wall,-Wextra,-fopenmp
 CUDA_ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
 ifeq ($(CUDA),1)
-  CPPFLAGS += -DLIGHTMOE_CUDA -isystem $(CUDA_HOME)/include
   LDLIBS += -L$(CUDA_HOME)/lib64 -Wl$(comma)-rpath$(comma)$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lcublas
 endif
 
