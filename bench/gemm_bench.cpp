@@ -125,20 +125,12 @@ void time_case(benchmark::State& state, const std::string& backend, const cases:
   if (!is_supported(backend, c, t)) return state.SkipWithError("not for this device, kind or types");
   const GemmBackendScope scope(backend);
   const Work work = make_work(c, t);
-  work.call();
-  bench::wait_for_device();
-  const int calls = bench::calls_per_iteration();
-  double best = std::numeric_limits<double>::infinity();
-  for (auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < calls; ++i) work.call();
-    bench::wait_for_device();
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / calls);
-  }
   const double flop = 2.0 * static_cast<double>(c.m) * static_cast<double>(c.n) * static_cast<double>(c.k);
-  state.counters["GFLOP/s"] = benchmark::Counter(flop * calls * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
-  state.counters["best_GFLOP/s"] = flop / best * 1e-9;
-  state.counters["best_GB/s"] = work.bytes() / best * 1e-9;
+  bench::measure(state, {.bytes = work.bytes(), .flops = flop, .run = work.call}, false);
+  if (default_device() != DeviceKind::kCuda) return;
+  const bench::Ceilings& best = bench::measured_ceilings();
+  const double ceiling = t.a == DType::kBF16 || t.compute == GemmCompute::kBF16 ? best.bf16_flop : best.f32_flop;
+  state.counters["of_gemm"] = state.counters["best_GFLOP/s"].value * 1e9 / ceiling;
 }
 
 // By name, because the backends' own registration may come after this one.
@@ -150,7 +142,7 @@ const bool registered = [] {
         const std::string name =
             fmt::format("gemm/{}/{}/{}/{}/{}x{}x{}g{}", backend, c.kind, c.trans, t.name, c.m, c.n, c.k, c.groups);
         const auto time = [backend = std::string(backend), c, t](benchmark::State& s) { time_case(s, backend, c, t); };
-        benchmark::RegisterBenchmark(name.c_str(), time)->UseRealTime()->MinTime(0.2)->Unit(benchmark::kMicrosecond);
+        benchmark::RegisterBenchmark(name.c_str(), time)->UseManualTime()->MinTime(0.2)->Unit(benchmark::kMicrosecond);
       }
     }
   }

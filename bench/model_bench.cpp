@@ -15,6 +15,7 @@
 #include <map>
 
 #include "bench/model_session.h"
+#include "runtime/device.h"
 #include "runtime/philox.h"
 
 namespace lightmoe::bench {
@@ -82,6 +83,7 @@ void prefill(benchmark::State& state, const Variant& v, bool all_logits) {
   for (auto _ : state) {
     const Tensor hidden = model.forward(batch, options);
     benchmark::DoNotOptimize(model.logits(all_logits ? hidden : hidden.slice(511, 512), options).raw());
+    wait_for_device(default_device());
   }
   report(state, v, all_logits ? "prefill" : "prefill_last", 512, work.forward_flop(), 0);
 }
@@ -99,10 +101,12 @@ void decode(benchmark::State& state, const Variant& v) {
     state.PauseTiming();
     KvCache cache(model.config, 1, 128, v.weights == DType::kBF16 ? DType::kBF16 : DType::kF32);
     model.forward_cached({ids.begin(), ids.begin() + kPrompt}, {kPrompt}, cache, options);
+    wait_for_device(default_device());
     state.ResumeTiming();
     for (size_t i = kPrompt; i < ids.size(); ++i) {
       const Tensor hidden = model.forward_cached({ids[i]}, {1}, cache, options);
       benchmark::DoNotOptimize(model.logits(hidden, options).raw());
+      wait_for_device(default_device());  // the next token is chosen from these
     }
   }
   report(state, v, "decode", kNew, work.forward_flop(), work.weight_bytes);

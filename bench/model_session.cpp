@@ -27,10 +27,10 @@ int64_t replaced_per_layer(const OlmoeConfig& config) {
 
 ParameterPtr random_parameter(const std::string& name, const Shape& shape, DType dtype, uint64_t seed) {
   const MemoryScope scope(MemoryCategory::kWeights);
-  const Tensor value = Tensor::empty(shape, DType::kF32);
-  fill_normal(value.data<float>(), value.numel(), 0.02f, seed, 11);
+  const Tensor host = Tensor::empty(shape, DType::kF32, DeviceKind::kCpu);
+  fill_normal(host.data<float>(), host.numel(), 0.02f, seed, 11);
   const auto p = std::make_shared<Parameter>();
-  p->name = name, p->value = dtype == DType::kF32 ? value : value.to(dtype);
+  p->name = name, p->value = (dtype == DType::kF32 ? host : host.to(dtype)).on(default_device());
   return p;
 }
 
@@ -127,10 +127,11 @@ class Counting {
   void experts(const RouterView& view) {
     const MoeLayer& moe = model_.blocks[static_cast<size_t>(view.layer)].moe;
     const int64_t tokens = view.slots.dim(0), chosen = view.slots.dim(1);
+    const Tensor slots = view.slots.on(DeviceKind::kCpu);
     for (int64_t t = 0; t < tokens; ++t) {
       std::set<int32_t> stored;
       for (int64_t k = 0; k < chosen; ++k) {
-        const Slot& slot = moe.slots[static_cast<size_t>(view.slots.data<int32_t>()[t * chosen + k])];
+        const Slot& slot = moe.slots[static_cast<size_t>(slots.data<int32_t>()[t * chosen + k])];
         stored.insert(slot.expert);
         if (slot.adapter < 0) continue;
         const Adapter& a = moe.adapters[static_cast<size_t>(slot.adapter)];
@@ -154,52 +155,6 @@ class Counting {
  private:
   const Olmoe& model_;
 };
-
-double best_seconds(double budget, const std::function<void()>& f) {
-  f();
-  double best = 1e30, total = 0;
-  while (total < budget) {
-    const auto start = std::chrono::steady_clock::now();
-    f();
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    best = std::min(best, seconds), total += seconds;
-  }
-  return best;
-}
-
-double product_rate(GemmCompute compute) {
-  constexpr int64_t kSquare = 2048;
-  const Tensor a = Tensor::zeros({kSquare, kSquare}, DType::kF32), b = a.clone(), c = a.clone();
-  fill_normal(a.data<float>(), a.numel(), 1, 1, 1);
-  fill_normal(b.data<float>(), b.numel(), 1, 1, 2);
-  double best = 1e30;
-  for (const char* const backend : {"native", "blas"}) {
-    const GemmBackendScope scope(backend);
-    best = std::min(best,
-                    best_seconds(0.8, [&] { run(Gemm{.a = a, .b = b, .c = c, .trans_b = true, .compute = compute}); }));
-  }
-  return 2.0 * kSquare * kSquare * kSquare / best;
-}
-
-double read_rate() {
-  constexpr int64_t kBlock = 4096, kBlocks = (int64_t{512} << 20) / 4 / kBlock;
-  const Tensor memory = Tensor::zeros({kBlocks * kBlock}, DType::kF32);
-  const float* data = memory.data<float>();
-  volatile double sink = 0;
-  const double seconds = best_seconds(2, [&] {
-    double total = 0;
-#pragma omp parallel for reduction(+ : total)
-    for (int64_t block = 0; block < kBlocks; ++block) {
-      Vec<float> sum[4] = {};
-      for (int64_t i = 0; i < kBlock; i += 4 * kLanes<float>) {
-        for (int64_t v = 0; v < 4; ++v) sum[v] += load_vec(data + block * kBlock + i + v * kLanes<float>);
-      }
-      total += sum_lanes<float>(sum[0] + sum[1] + sum[2] + sum[3]);
-    }
-    sink = total;
-  });
-  return static_cast<double>(memory.bytes()) / seconds;
-}
 
 }  // namespace
 
@@ -232,8 +187,9 @@ PassWork ModelSession::count(const Batch& batch, bool all_logits) {
   const double tokens = static_cast<double>(batch.tokens());
   counting.matrix(*model_->lm_head, all_logits ? tokens : 1, tokens);
   const AttentionSequences& s = batch.sequences;
-  for (int64_t n = 0; n < s.k_count.dim(0); ++n) {
-    const double length = s.k_count.data<int32_t>()[n];
+  const Tensor lengths = s.k_count.on(DeviceKind::kCpu);
+  for (int64_t n = 0; n < lengths.dim(0); ++n) {
+    const double length = lengths.data<int32_t>()[n];
     counting.scores(length * (length + 1) / 2);
   }
   return counting.work;
@@ -258,13 +214,6 @@ void ModelSession::start_training(const Batch& batch, GemmCompute compute) {
   if (optimizer_) return;
   optimizer_ = std::make_unique<Optimizer>(model_->parameters(), OptimizerOptions{});
   for (int i = 0; i < 2; ++i) train_step(batch, compute);
-}
-
-const Ceilings& measured_ceilings() {
-  static const Ceilings ceilings{.f32_flop = product_rate(GemmCompute::kF32),
-                                 .bf16_flop = product_rate(GemmCompute::kBF16),
-                                 .read_bytes = read_rate()};
-  return ceilings;
 }
 
 }  // namespace lightmoe::bench

@@ -1,6 +1,6 @@
 #pragma once
 // What the model benchmarks share: one model in memory at a time, original or compressed, with its training state; what a pass over
-// it computes and reads; and what the machine can do at best, measured in the same process.
+// it computes and reads.
 //   original     the stock model, weights random
 //   lightmoe-50  the same after expert replacing at 50 % of the whole model: 3 bases a layer, adapters of rank 16 on replaced slots
 //   recovery     lightmoe-50 as it trains: adapters on every slot; bases and adapters train, the rest is frozen
@@ -10,6 +10,7 @@
 #include <string>
 
 #include "autograd/optimizer.h"
+#include "bench/ceilings.h"
 #include "model/olmoe.h"
 
 namespace lightmoe::bench {
@@ -48,11 +49,5 @@ class ModelSession {
   DType weights_ = DType::kF32;
   ModelKind kind_ = ModelKind::kOriginal;
 };
-
-struct Ceilings {
-  double f32_flop = 0, bf16_flop = 0;  // per second: square products of 2048, the best backend
-  double read_bytes = 0;               // per second, of memory larger than the caches
-};
-const Ceilings& measured_ceilings();  // once per process, about five seconds
 
 }  // namespace lightmoe::bench

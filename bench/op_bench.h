@@ -1,17 +1,19 @@
 #pragma once
 // One benchmark per op, type and shape: op/NAME/TYPE/SHAPE. Counters: GB/s of the tensors the contract says are moved, GFLOP/s where
-// the op counts them, and best_* of the fastest iteration, for machines that are not idle. On the device that LIGHTMOE_BENCH_DEVICE
-// names; times on a GPU are of 20 calls in a row.
+// the op counts them, best_* of the fastest iteration, for machines that are not idle, and on a GPU of_copy, the share of the bandwidth of a
+// large copy in the same process. On the device that LIGHTMOE_BENCH_DEVICE names.
 
 #include <benchmark/benchmark.h>
 #include <fmt/format.h>
 
-#include <chrono>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <string>
 
+#include "bench/ceilings.h"
 #include "runtime/device.h"
+#include "runtime/device_timer.h"
 #include "runtime/philox.h"
 #include "runtime/tensor.h"
 
@@ -22,36 +24,53 @@ struct Work {
   std::function<void()> run;  // owns its tensors
 };
 
-// Launches on a GPU return at once: this many are timed together, and the last is waited for.
-inline int calls_per_iteration() { return default_device() == DeviceKind::kCuda ? 20 : 1; }
-inline void wait_for_device() {
-  lightmoe::wait_for_device(default_device());
+inline void wait_for_device() { lightmoe::wait_for_device(default_device()); }
+
+// Writes more than any cache holds, so that what is timed next finds its operands in memory.
+inline void flush_caches() {
+  static const Tensor memory = Tensor::empty({int64_t{256} << 20}, DType::kU8);
+  memory.fill_zero();
 }
 
-// `make` is called when the benchmark runs, so that only the shapes in use take memory.
-inline void add(const std::string& name, std::function<Work()> make) {
-  const auto measure = [make = std::move(make)](benchmark::State& state) {
-    const Work work = make();
+// One call at a time, timed on the device. On a GPU with its L2 flushed before, unless hot.
+inline void measure(benchmark::State& state, const Work& work, bool hot) {
+  work.run();
+  DeviceTimer timer(default_device());
+  double best = std::numeric_limits<double>::infinity();
+  for (auto _ : state) {
+    if (default_device() == DeviceKind::kCuda && !hot) flush_caches();
+    timer.start();
     work.run();
-    wait_for_device();
-    const int calls = calls_per_iteration();
-    double best = std::numeric_limits<double>::infinity();
-    for (auto _ : state) {
-      const auto start = std::chrono::steady_clock::now();
-      for (int i = 0; i < calls; ++i) work.run();
-      wait_for_device();
-      best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / calls);
-    }
-    const auto rate = [&](const char* counter, double amount) {
-      if (amount == 0) return;
-      state.counters[counter] =
-          benchmark::Counter(amount * calls * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
-      state.counters[std::string("best_") + counter] = benchmark::Counter(amount * 1e-9 / best);
-    };
-    rate("GB/s", work.bytes);
-    rate("GFLOP/s", work.flops);
+    const double seconds = timer.stop_us() * 1e-6;
+    state.SetIterationTime(seconds);
+    best = std::min(best, seconds);
+  }
+  const auto rate = [&](const char* counter, double amount) {
+    if (amount == 0) return;
+    state.counters[counter] = benchmark::Counter(amount * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+    state.counters[std::string("best_") + counter] = benchmark::Counter(amount * 1e-9 / best);
   };
-  benchmark::RegisterBenchmark(name.c_str(), measure)->UseRealTime()->Unit(benchmark::kMicrosecond);
+  rate("GB/s", work.bytes);
+  rate("GFLOP/s", work.flops);
+  if (default_device() == DeviceKind::kCuda && work.bytes > 0) {
+    state.counters["of_copy"] = benchmark::Counter(work.bytes / best / measured_ceilings().copy_bytes);
+  }
+}
+
+// Set before any benchmark registers.
+inline bool is_for_gpu() {
+  const char* device = std::getenv("LIGHTMOE_BENCH_DEVICE");
+  return device != nullptr && std::string_view(device) == "cuda";
+}
+
+// `make` is called when the benchmark runs, so that only the shapes in use take memory. On a GPU each stands twice: cold, and hot.
+inline void add(const std::string& name, const std::function<Work()>& make) {
+  const auto add_one = [&](const std::string& full_name, bool hot) {
+    const auto body = [make, hot](benchmark::State& state) { measure(state, make(), hot); };
+    benchmark::RegisterBenchmark(full_name.c_str(), body)->UseManualTime()->Unit(benchmark::kMicrosecond);
+  };
+  add_one(name, false);
+  if (is_for_gpu()) add_one(name + "/hot", true);
 }
 
 // Cheap values in [-0.5, 0.5).

@@ -6,6 +6,7 @@
 #include "runtime/device.h"
 #include "runtime/device_info.h"
 #include "runtime/device_pool.h"
+#include "runtime/device_timer.h"
 #include "runtime/error.h"
 #include "runtime/memory.h"
 
@@ -81,6 +82,19 @@ int64_t free_bytes() {
 }
 void set_limit(int64_t bytes) { pool().set_limit(bytes); }
 
+cudaEvent_t timer_event(int which) {
+  static cudaEvent_t events[2] = {};
+  if (events[which] == nullptr) check_cuda(cudaEventCreate(&events[which]), "an event");
+  return events[which];
+}
+void record_event(int which) { check_cuda(cudaEventRecord(timer_event(which), stream()), "an event"); }
+double elapsed_us() {
+  float milliseconds = 0;
+  check_cuda(cudaEventSynchronize(timer_event(1)), "work that is timed");
+  check_cuda(cudaEventElapsedTime(&milliseconds, timer_event(0), timer_event(1)), "work that is timed");
+  return 1e3 * static_cast<double>(milliseconds);
+}
+
 DeviceInfo info() {
   int device = 0, driver = 0, runtime = 0;
   check_cuda(cudaGetDevice(&device), "query of the current device");
@@ -110,6 +124,7 @@ const bool registered = [] {
                                             .wait_upload = &wait_upload,
                                             .free_bytes = &free_bytes,
                                             .set_limit = &set_limit});
+  register_device_events(DeviceKind::kCuda, {&record_event, &elapsed_us});
   register_device_info(DeviceKind::kCuda, &info);
   return true;
 }();
