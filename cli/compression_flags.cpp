@@ -34,6 +34,10 @@ void add_compression_flags(CLI::App& app, CompressionFlags& f) {
   app.add_option("--starved", f.starved, "experts without calibration tokens: unimportant, keep or error")
       ->group(group)
       ->capture_default_str();
+  app.add_flag(
+         "--redirect", o.redirect,
+         "pruning: a removed slot answers with the survivor most like it (its gate adds up), instead of being masked")
+      ->group(group);
   app.add_option("--adapter-init", f.adapter_init, "gaussian (B = 0), or svd of original - base (not in the paper)")
       ->group(group)
       ->capture_default_str();

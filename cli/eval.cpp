@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "cli/load.h"
+#include "cli/routing_flags.h"
 #include "cli/verb.h"
 #include "kernels/gemm.h"
 #include "loaders/json.h"
@@ -20,6 +21,7 @@ struct Options {
   std::vector<std::string> tasks;
   std::string metric = "auto", reference, tokens, out;
   int64_t batch = 32, limit = 0, context = 0, max_new_tokens = 0;
+  RoutingFlags routing;
   bool truncate = false, samples = false, force = false, skip_invalid = false, no_hash = false;
 };
 
@@ -46,7 +48,15 @@ Json report(const Options& options, const EvalOptions& eval, const std::vector<T
                     {"dtype", options.model.dtype},
                     {"compute", options.model.compute},
                     {"gemm", eval.gemm},
+                    {"experts_per_token", options.routing.experts_per_token},
                     {"decoding", "greedy"}};
+  if (!options.routing.skip_statistics.empty()) {
+    json["config"]["skip"] = {{"statistics", options.routing.skip_statistics},
+                              {"quantile", options.routing.skip_quantile},
+                              {"by_likeness", options.routing.skip_by_likeness},
+                              {"chosen", eval.routing->counts->chosen},
+                              {"skipped", eval.routing->counts->skipped}};
+  }
   Json& tasks = json["tasks"] = Json::array();
   for (const TaskResult& task : results) {
     Json one = {{"file", task.file}, {"file_hash", task.hash}};
@@ -91,6 +101,8 @@ void run_eval(const Options& options) {
   std::vector<std::vector<int32_t>> rows;
   if (!options.tokens.empty()) rows = read_token_rows(options.tokens, options.model.path);
   const LoadedModel loaded = load(options.model);
+  const RunRouting routing(options.routing, options.model.path, *loaded.model);
+  eval.routing = routing.options();
   std::unique_ptr<Olmoe> reference;
   if (!options.reference.empty()) {
     reference = load({options.reference, options.model.dtype, options.model.compute}).model;
@@ -111,6 +123,7 @@ void run_eval(const Options& options) {
     const std::string name = (file.parent_path().filename() / file.stem()).string();
     fmt::print("{}", to_table(name, task.result));
   }
+  if (eval.routing != nullptr) fmt::print("{}\n", routing.summary());
   if (!options.out.empty()) write_file_atomically(options.out, report(options, eval, results).dump(2) + "\n");
 }
 
@@ -120,6 +133,7 @@ const RegisterVerb verb{
      [](CLI::App& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        add_model_options(app, options->model);
+       add_routing_flags(app, options->routing);
        app.add_option("--task", options->tasks, "JSONL files: prompt/completion, choices, messages or text");
        app.add_option("--tokens", options->tokens, "safetensors file with input_ids, instead of --task: perplexity");
        app.add_option("--metric", options->metric, "auto, loss, perplexity, exact_match, multiple_choice")

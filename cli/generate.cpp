@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "cli/load.h"
+#include "cli/routing_flags.h"
 #include "cli/verb.h"
 #include "loaders/dataset.h"
 #include "loaders/json.h"
@@ -23,6 +24,7 @@ struct Options {
   ModelOptions model;
   std::vector<std::string> prompts, stop;
   std::string prompt_file, tokens, cache = "f32";
+  RoutingFlags routing;
   GenerateOptions generate;
   bool json = false, ignore_eos = false;
 };
@@ -101,6 +103,8 @@ void run_generate(Options& options) {
   std::vector<std::vector<int32_t>> ids;
   if (!options.tokens.empty()) ids = read_token_rows(options.tokens, options.model.path);
   const LoadedModel loaded = load(options.model);
+  const RunRouting routing(options.routing, options.model.path, *loaded.model);
+  options.generate.forward.routing = routing.options();
   check(prompts.empty() || loaded.tokenizer != nullptr, ErrorKind::kInput,
         "{}: no tokenizer.json; token ids go with --tokens", options.model.path);
   for (const std::string& prompt : prompts) ids.push_back(loaded.tokenizer->encode(prompt));
@@ -113,6 +117,7 @@ void run_generate(Options& options) {
   GenerateReport report;
   const std::vector<Generation> results = generate(*loaded.model, ids, options.generate, &report);
   print(options, prompts, results, report);
+  if (routing.options() != nullptr) fmt::print(stderr, "{}\n", routing.summary());
 }
 
 const RegisterVerb verb{
@@ -121,6 +126,7 @@ const RegisterVerb verb{
        auto options = std::make_shared<Options>();
        GenerateOptions& generate = options->generate;
        add_model_options(app, options->model);
+       add_routing_flags(app, options->routing);
        app.add_option("--prompt", options->prompts, "text to continue; may be given several times")
            ->allow_extra_args(false);
        app.add_option("--prompts", options->prompt_file, "file with one prompt a line, or .jsonl");

@@ -48,19 +48,22 @@ void print_count(std::string_view name, const StoredCount& count, int64_t all_by
 }
 
 void print_layers(const ModelSummary& s) {
-  fmt::print("slot tables ({} slots a layer)\n  {:<7}{:>6}{:>8}{:>9}{:>10}{:>7}{:>9}{:>10}{:>8}{:>10}{:>9}\n",
+  fmt::print("slot tables ({} slots a layer)\n  {:<7}{:>6}{:>8}{:>9}{:>10}{:>7}{:>9}{:>10}{:>8}{:>10}{:>9}{:>12}\n",
              s.config.num_experts, "layer", "own", "shared", "sharing", "borrowed", "zero", "removed", "constant",
-             "latent", "adapters", "rank");
+             "latent", "adapters", "rank", "units");
   for (size_t l = 0; l < s.layers.size(); ++l) {
     const LayerSummary& x = s.layers[l];
-    const std::string rank = x.smallest_rank == x.largest_rank ? fmt::format("{}", x.largest_rank)
-                                                               : fmt::format("{}-{}", x.smallest_rank, x.largest_rank);
-    fmt::print("  {:<7}{:>6}{:>8}{:>9}{:>10}{:>7}{:>9}{:>10}{:>8}{:>10}{:>9}\n", l, x.own, x.shared, x.sharing_slots,
-               x.borrowed, x.zero_slots, x.removed_slots, x.constant_slots, x.latent_slots, x.adapters, rank);
+    const auto range = [](int64_t low, int64_t high) {
+      return low == high ? fmt::format("{}", high) : fmt::format("{}-{}", low, high);
+    };
+    const std::string units = x.widths.empty() ? "-" : range(x.widths.front(), x.widths.back());
+    fmt::print("  {:<7}{:>6}{:>8}{:>9}{:>10}{:>7}{:>9}{:>10}{:>8}{:>10}{:>9}{:>12}\n", l, x.own, x.shared,
+               x.sharing_slots, x.borrowed, x.zero_slots, x.removed_slots, x.constant_slots, x.latent_slots, x.adapters,
+               range(x.smallest_rank, x.largest_rank), units);
   }
   fmt::print(
       "  own: stored experts of one slot; shared: of several slots (sharing); borrowed: of both, stored by "
-      "another layer; zero: slots whose expert is W = 0\n");
+      "another layer; zero: slots whose expert is W = 0; units: width of the stored experts\n");
 }
 
 void print_tensors(const std::string& model) {
@@ -102,7 +105,8 @@ Json to_json(const ModelSummary& s, const std::string& model, bool tensors) {
                              {"borrowed", x.borrowed},
                              {"adapters", x.adapters},
                              {"smallest_rank", x.smallest_rank},
-                             {"largest_rank", x.largest_rank}});
+                             {"largest_rank", x.largest_rank},
+                             {"widths", x.widths}});
   }
   out["tokenizer"] = s.has_tokenizer;
   out["complete_marker"] = s.has_marker;

@@ -23,6 +23,7 @@ struct Options {
   std::optional<double> anneal;
   double anneal_gamma = 3;
   bool no_merge = false;
+  double entropy_coef = 0;
   TrainingFlags training;
 };
 
@@ -32,6 +33,7 @@ RecoveryOptions recovery_options(const Options& o, const OlmoeConfig& config, do
   annealing.check_valid();
   return {.annealing = annealing,
           .merge = !o.no_merge,
+          .train_routers = o.entropy_coef > 0,
           .dtype = parse_dtype(o.frozen_dtype, config),
           .say = [](const std::string& line) { fmt::print(stderr, "{}\n", line); }};
 }
@@ -75,6 +77,8 @@ void run_recover(Options& o) {
   // The router is frozen unless everything trains: balancing it has no use then.
   TrainerOptions t =
       trainer_options(f, config, method.trainable == Trainable::kEverything ? config.router_aux_loss_coef : 0.0);
+  check(o.entropy_coef >= 0, ErrorKind::kUsage, "--entropy-coef {:g}: expected 0 or more", o.entropy_coef);
+  t.entropy_coef = o.entropy_coef;
   const RecoveryOptions options = recovery_options(o, config, method.anneal);
   const DType saved = saved_dtype(f, config);
   if (f.dry_run) return dry_run(o, options, t, saved);
@@ -96,8 +100,7 @@ void run_recover(Options& o) {
     if (t.eval_every == 0) t.eval_every = t.steps;
   }
   if (f.no_checkpoint_model) hooks.save_model = nullptr;
-  TrainableOlmoe trainable(recovery.model());
-  const TrainResult result = train(trainable, data, t, hooks);
+  const TrainResult result = train(recovery.trainable(), data, t, hooks);
   if (result.stopped_by_signal != 0) {
     set_exit_code(exit_code_of(result, f.requeue));
     return;
@@ -124,6 +127,10 @@ const RegisterVerb verb{
            ->group(group)
            ->capture_default_str();
        app.add_flag("--no-merge", o->no_merge, "keep the adapters of experts that were not replaced")->group(group);
+       app.add_option("--entropy-coef", o->entropy_coef,
+                      "weight of the routers' entropy, which then train too: tokens need fewer experts (SEER-MoE)")
+           ->group("Training")
+           ->capture_default_str();
        app.add_option("--frozen-dtype", o->frozen_dtype, "frozen weights in memory: f32, bf16, auto")
            ->group("Training")
            ->capture_default_str();

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace lightmoe {
 
@@ -22,14 +21,19 @@ ModelSize model_size(const OlmoeConfig& c) {
 
 int64_t stored_parameters(const LayerShape& layer, const ModelSize& size) {
   int64_t sum = adapter_parameters(layer, size) + layer.constants * size.hidden;
-  for (size_t j = 0; j < layer.zero_expert.size(); ++j) sum += layer.stores(j) ? size.expert : 0;
+  for (size_t j = 0; j < layer.zero_expert.size(); ++j)
+    sum += layer.stores(j) ? 3 * size.hidden * layer.width_of(j, size.width) : 0;
   const auto latents = static_cast<int64_t>(layer.latent_projection.size());
   sum += layer.projections * 2 * layer.latent_size * size.hidden;
   return sum + latents * (2 * layer.latent_size + size.hidden) * size.width;
 }
 
 int64_t adapter_parameters(const LayerShape& layer, const ModelSize& size) {
-  return std::accumulate(layer.adapter_rank.begin(), layer.adapter_rank.end(), int64_t{0}) * size.adapter_unit;
+  int64_t sum = 0;
+  for (size_t a = 0; a < layer.adapter_rank.size(); ++a) {
+    sum += layer.adapter_rank[a] * 3 * (size.hidden + layer.width_of_adapter(a, size.width));
+  }
+  return sum;
 }
 
 int64_t stored_parameters(const std::vector<LayerShape>& layers, const ModelSize& size) {

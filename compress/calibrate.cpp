@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "compress/unit_gradients.h"
 #include "compress/weights.h"
 #include "kernels/dispatch_plan.h"
 #include "kernels/swiglu.h"
@@ -177,7 +178,7 @@ Statistics calibrate(const Olmoe& model, const CalibrationSet& set, const std::s
                      const CalibrateOptions& options, const std::function<void(int64_t, int64_t)>& progress) {
   const OlmoeConfig& config = model.config;
   for (const Block& block : model.blocks) {
-    check(block.moe.is_plain(), ErrorKind::kInput,
+    check(block.moe.is_plain() && config.lightmoe_json.empty(), ErrorKind::kInput,
           "calibrate: {} belongs to a compressed model; calibrate the original", block.moe.router->name);
   }
   Statistics statistics =
@@ -202,6 +203,7 @@ Statistics calibrate(const Olmoe& model, const CalibrationSet& set, const std::s
         collector.sampled_rows.push_back(first + t);
         statistics.sample_token.push_back(done + first + t);
         statistics.sample_sequence.push_back(static_cast<int32_t>(next));
+        statistics.sample_ids.push_back(sequence[static_cast<size_t>(t)]);
       }
     }
     begins.push_back(static_cast<int32_t>(ids.size()));
@@ -211,6 +213,7 @@ Statistics calibrate(const Olmoe& model, const CalibrationSet& set, const std::s
     done += static_cast<int64_t>(ids.size());
     if (progress) progress(done, set.tokens);
   }
+  if (options.unit_gradients) add_unit_gradients(model, set.sequences, options.compute, statistics);
   return statistics;
 }
 

@@ -22,6 +22,8 @@ struct CalibrateOptions {
   int64_t sample_length = 128;        // at most so many from one document
   bool all_outputs = false;           // mean outputs over all tokens as well
   bool sample_inputs = false;         // what the MoE blocks saw for the sampled tokens: 4 N L D bytes
+  bool unit_gradients =
+      false;  // compress/unit_gradients.h: a backward pass as well, gradients of all experts in memory
   uint64_t seed = 1;
   GemmCompute compute = GemmCompute::kF32;
 };

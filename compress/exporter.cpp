@@ -1,5 +1,8 @@
 #include "compress/exporter.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "compress/record.h"
 #include "kernels/gemm.h"
 #include "loaders/json.h"
@@ -7,6 +10,15 @@
 
 namespace lightmoe {
 namespace {
+
+// A matrix with zero rows (gate, up) or columns (down) for the units that were removed: the same function.
+Tensor widened(const Tensor& w, const std::vector<int64_t>& dims) {
+  if (w.dim(0) == dims[0] && w.dim(1) == dims[1]) return w;
+  const Tensor out = Tensor::zeros(Shape(dims), w.dtype());
+  const size_t bytes = static_cast<size_t>(w.dim(1)) * size_of(w.dtype());
+  for (int64_t i = 0; i < w.dim(0); ++i) std::memcpy(out.row(i).raw(), w.row(i).raw(), bytes);
+  return out;
+}
 
 class Densifier {
  public:
@@ -54,6 +66,17 @@ class Densifier {
     stock_ = config_;
     stock_.lightmoe_json.clear();
     stock_.num_experts = static_cast<int64_t>(live_.front().size());
+    stock_.intermediate_size = widest();
+  }
+
+  // One intermediate_size serves all experts: narrower ones get zero units up to the widest.
+  int64_t widest() const {
+    int64_t width = 1;
+    for (const LayerShape& shape : shapes_) {
+      if (shape.widths.empty() || !shape.latent_projection.empty()) return config_.intermediate_size;
+      width = std::max(width, *std::max_element(shape.widths.begin(), shape.widths.end()));
+    }
+    return width;
   }
 
   void add_router(const ParameterInfo& info) {
@@ -82,21 +105,28 @@ class Densifier {
     check(entry.kind != SlotKind::kConstant, ErrorKind::kInput,
           "layer {}, slot {}: a constant; a stock expert is zero at x = 0 and cannot express it", layer, slot);
     const std::string name = expert_tensor_name(layer, expert, matrix);
-    const std::vector<int64_t> dims = expert_matrix_shape(config_, matrix);
+    const std::vector<int64_t> dims = expert_matrix_shape(stock_, matrix);
     if (entry.kind == SlotKind::kLatent) return add_latent(name, layer, shape, entry, matrix);
-    const bool zero = shape.zero_expert[static_cast<size_t>(entry.expert)] != 0;
+    const auto index = static_cast<size_t>(entry.expert);
+    const bool zero = shape.zero_expert[index] != 0;
+    const std::vector<int64_t> own =
+        expert_matrix_shape(config_.hidden_size,
+                            zero ? stock_.intermediate_size : shape.width_of(index, config_.intermediate_size), matrix);
     std::optional<MatrixPlace> bank;
-    if (!zero) bank = place_of(input_, stored_name(layer, entry.expert, matrix), dims);
+    if (!zero) bank = place_of(input_, stored_name(layer, entry.expert, matrix), own);
     if (entry.adapter < 0) {
-      if (bank) return tensors_.add_copy(name, dims, *bank);
+      if (bank && own == dims) return tensors_.add_copy(name, dims, *bank);
+      if (bank)
+        return tensors_.add_computed(name, dims, bank->dtype,
+                                     [bank, dims] { return widened(bank->read(bank->dtype), dims); });
       const DType dtype = place_of(input_, "model.norm.weight", {config_.hidden_size}).dtype;
       return tensors_.add_computed(name, dims, dtype, [dims] { return Tensor::zeros(Shape(dims), DType::kF32); });
     }
     const Product adapter = adapter_of(layer, shape, entry, matrix);
-    tensors_.add_computed(name, dims, adapter.a.dtype, [bank, adapter, dims] {
-      const Tensor w = bank ? bank->read(DType::kF32) : Tensor::zeros(Shape(dims), DType::kF32);
+    tensors_.add_computed(name, dims, adapter.a.dtype, [bank, adapter, own, dims] {
+      const Tensor w = bank ? bank->read(DType::kF32) : Tensor::zeros(Shape(own), DType::kF32);
       adapter.add_to(w);
-      return w;
+      return widened(w, dims);
     });
   }
 
@@ -107,8 +137,10 @@ class Densifier {
     }
   };
   Product adapter_of(int64_t layer, const LayerShape& shape, const Slot& slot, ExpertMatrix matrix) const {
-    const int64_t rank = shape.adapter_rank[static_cast<size_t>(slot.adapter)];
-    const std::vector<int64_t> dims = expert_matrix_shape(config_, matrix);
+    const auto index = static_cast<size_t>(slot.adapter);
+    const int64_t rank = shape.adapter_rank[index];
+    const std::vector<int64_t> dims =
+        expert_matrix_shape(config_.hidden_size, shape.width_of_adapter(index, config_.intermediate_size), matrix);
     return {.b = place_of(input_, adapter_tensor_name(layer, slot.adapter, matrix, true), {dims[0], rank}),
             .a = place_of(input_, adapter_tensor_name(layer, slot.adapter, matrix, false), {rank, dims[1]})};
   }

@@ -3,7 +3,7 @@
 //   calibrated layer by layer. With 64 experts that is 10^18 subsets, so what can be run on OLMoE is not the published search.
 //   Ours, and the name says so: from all experts, again and again remove the one whose removal leaves the least ||Y - Y'||_F, Y from the
 //   complete layer. Routing is done anew for every candidate: softmax over those that are left, the K largest.
-// Sample: at most 256 tokens of the calibration's. Dynamic skipping of the second expert is not part of this.
+// Sample: at most 256 tokens of the calibration's. Dynamic skipping is an option of running a model (compress/skipping.h).
 // cost per layer: E outputs of every token, then about E^2/2 candidates of N K D operations.
 
 #include <algorithm>
@@ -111,7 +111,7 @@ Plan plan(const MethodInput& input) {
     std::vector<int32_t> survivors(kept);
     std::iota(survivors.begin(), survivors.end(), 0);
     if (kept < slots && input.experts != nullptr) survivors = Layer(input, l).prune(kept);
-    plan.layers.push_back(pruned_layer(input.config.num_experts, survivors));
+    plan.layers.push_back(surviving_layer(input, l, survivors));
   }
   return plan;
 }

@@ -14,6 +14,11 @@ bool Plan::is_plain() const {
                      [](const LayerPlan& layer) { return layer.replaced.empty() && layer.adapter_slot.empty(); });
 }
 
+bool LayerPlan::fades(int32_t slot) const {
+  const Slot& entry = shape.slots[static_cast<size_t>(slot)];
+  return entry.kind == SlotKind::kExpert && shape.widths.empty();
+}
+
 std::vector<LayerShape> Plan::shapes() const {
   std::vector<LayerShape> out;
   for (const LayerPlan& layer : layers) out.push_back(layer.shape);
@@ -29,9 +34,7 @@ int64_t Plan::replaced() const {
 int64_t Plan::fading() const {
   int64_t sum = 0;
   for (const LayerPlan& layer : layers) {
-    for (const int32_t slot : layer.replaced) {
-      sum += layer.shape.slots[static_cast<size_t>(slot)].kind == SlotKind::kExpert ? 1 : 0;
-    }
+    for (const int32_t slot : layer.replaced) sum += layer.fades(slot) ? 1 : 0;
   }
   return sum;
 }
@@ -205,7 +208,9 @@ Json to_json(const Plan& plan) {
                           {"adapter_slots", layer.adapter_slot},
                           {"bank", bank}});
   }
-  return Json{{"base_threshold", plan.base_threshold}, {"layers", layers}};
+  Json out = {{"base_threshold", plan.base_threshold}, {"layers", layers}};
+  if (plan.experts_to_keep > 0) out["experts_to_keep"] = plan.experts_to_keep;
+  return out;
 }
 
 namespace {
@@ -264,6 +269,13 @@ Plan plan_from_json(const Json& object, const std::vector<LayerShape>& shapes, c
             object["layers"].size() == shapes.size(),
         ErrorKind::kInput, "{}: \"plan\" does not have the {} layers of config.json", name, shapes.size());
   Plan plan{.base_threshold = number(object, "base_threshold", name)};
+  if (object.contains("experts_to_keep")) {
+    const Json& keep = object["experts_to_keep"];
+    const auto slots = static_cast<int64_t>(shapes.front().slots.size());
+    check(keep.is_number_integer() && keep >= 1 && keep <= slots, ErrorKind::kInput,
+          "{}: experts_to_keep holds {}, expected 1 to {}", name, keep.dump(), slots);
+    plan.experts_to_keep = keep.get<int64_t>();
+  }
   for (size_t l = 0; l < shapes.size(); ++l) {
     plan.layers.push_back(layer_from_json(object["layers"][l], shapes[l], static_cast<int64_t>(shapes.size()),
                                           fmt::format("{}: plan.layers[{}]", name, l)));

@@ -31,6 +31,8 @@ struct LayerPlan {
   std::vector<int32_t> replaced;      // slots that lost their own expert, the least important first
   std::vector<int32_t> bases;         // bank entries that replace them, zero entries left out
   double threshold = 0;               // p_j, where the method has one
+  // Whether a replaced slot has an expert of the original's shape to fade into; where experts lost units, none has.
+  bool fades(int32_t slot) const;
 };
 
 // Makes one tensor, whole, when its turn comes.
@@ -39,6 +41,7 @@ using MakeTensor = std::function<Tensor()>;
 struct Plan {
   std::vector<LayerPlan> layers;
   double base_threshold = 0;
+  int64_t experts_to_keep = 0;  // per layer, of methods that choose them while recovery trains; 0: the plan says all
   // Tensors that are not what bank and adapter_slot say: constants, latents, refitted experts, given factors; by stored name.
   // Not part of the text; entries of the bank still name the experts they are made of.
   std::map<std::string, MakeTensor> computed;

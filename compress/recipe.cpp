@@ -23,6 +23,7 @@ void read_training(TomlReader& in, RecipeTraining& t) {
   in.read("weight_decay", t.weight_decay);
   in.read("clip", t.clip);
   in.read("aux_coef", t.aux_coef);
+  in.read("entropy_coef", t.entropy_coef);
   in.read("beta1", t.beta1);
   in.read("beta2", t.beta2);
   in.read("save_every", t.save_every);
@@ -56,6 +57,7 @@ void read_method_options(TomlReader& in, MethodOptions& o) {
   if (in.read("selection", text)) o.selection.rule = parse_selection_rule(text);
   in.read("alpha", o.selection.alpha);
   in.read("clip_width", o.selection.clip);
+  in.read("redirect", o.redirect);
   if (in.read("starved", text)) o.selection.starved = parse_starved_policy(text);
   if (in.read("adapter_init", text)) o.adapter_init = parse_adapter_init(text);
   in.read("adapter_std", o.adapter_std);

@@ -20,7 +20,7 @@ struct RecipeTraining {
   bool pack = false;
   double lr = 1e-4;  // arXiv 2603.12645: AdamW, batch 32, 1e-4
   std::string schedule = "cosine", warmup = "0.03";
-  double min_lr_ratio = 0, weight_decay = 0, clip = 1, aux_coef = 0;
+  double min_lr_ratio = 0, weight_decay = 0, clip = 1, aux_coef = 0, entropy_coef = 0;
   double beta1 = 0.9, beta2 = 0.95;
   int64_t save_every = 0, eval_every = 0;
   Recompute recompute = Recompute::kNone;

@@ -41,6 +41,7 @@ Json options_to_json(const CompressionRecord& r) {
           {"starved", kStarved[static_cast<int>(o.selection.starved)]},
           {"bases", o.bases},
           {"rank", r.rank},
+          {"redirect", o.redirect},
           {"adapter_init", name_of(o.adapter_init)},
           {"adapter_std", o.adapter_std},
           {"seed", o.seed}};

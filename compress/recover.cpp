@@ -45,8 +45,7 @@ void add_product(const Tensor& w, const Tensor& b, const Tensor& a, double scale
   if (w.dtype() != DType::kF32) w.copy_from(sum);
 }
 
-Adapter make_adapter(const OlmoeConfig& c, int64_t rank) {
-  const int64_t d = c.hidden_size, f = c.intermediate_size;
+Adapter make_adapter(int64_t d, int64_t f, int64_t rank) {
   const auto make = [](const Shape& shape) { return make_parameter("", shape, DType::kF32); };
   return {.a_gate_up = make({2 * rank, d}),
           .b_gate = make({f, rank}),
@@ -64,13 +63,14 @@ ParameterPtr frozen_copy(const std::string& name, const Tensor& value) {
 }
 
 // Marks what the method trains. Works on declared parameters as well.
-void mark_trainable(const Olmoe& model, const CompressionRecord& record) {
+void mark_trainable(const Olmoe& model, const CompressionRecord& record, bool routers) {
   const Trainable what = find_method(record.method).trainable;
   for (const ParameterPtr& p : model.parameters()) p->trainable = what == Trainable::kEverything;
   const bool adapters = what == Trainable::kAdapters || what == Trainable::kBasesAndAdapters;
   const bool bases = what == Trainable::kBases || what == Trainable::kBasesAndAdapters;
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     const MoeLayer& moe = model.blocks[l].moe;
+    moe.router->trainable |= routers;
     for (const Adapter& a : moe.adapters) {
       for (const ParameterPtr& p : {a.a_gate_up, a.b_gate, a.b_up, a.a_down, a.b_down}) p->trainable |= adapters;
     }
@@ -99,7 +99,7 @@ class Recovery::Originals {
       auto& starts = starts_.emplace_back();
       for (const int32_t slot : record.plan.layers[l].replaced) {
         const Slot& entry = moe.slots[static_cast<size_t>(slot)];
-        if (entry.kind != SlotKind::kExpert) continue;  // nothing to fade into
+        if (!record.plan.layers[l].fades(slot)) continue;
         Start start{.slot = slot};
         if (entry.adapter >= 0) {
           for (const AdapterPart& part : parts_of(moe.adapters[static_cast<size_t>(entry.adapter)])) {
@@ -157,6 +157,8 @@ Recovery::Recovery(const std::filesystem::path& compressed, const std::filesyste
   model_ = load_model(compressed, options.dtype);
   add_adapters();
   choose_trainable();
+  if (record_.plan.experts_to_keep > 0)
+    pruner_ = std::make_unique<TaskPruner>(*model_, record_.plan.experts_to_keep, steps);
   if (record_.plan.fading() > 0 && annealing_.beta(0, steps) > 0) {
     originals_ = std::make_unique<Originals>(base, *model_, record_, options.dtype);
   }
@@ -175,7 +177,8 @@ void Recovery::add_adapters() {
       moe.slots[s].adapter = index;
       if (index < static_cast<int32_t>(moe.adapters.size())) continue;  // shared with an earlier slot
       require(index == static_cast<int32_t>(moe.adapters.size()), "recover: adapter {} of layer {}", index, l);
-      moe.adapters.push_back(make_adapter(c, record_.rank));
+      const int64_t width = shapes[l].width_of_adapter(static_cast<size_t>(index), c.intermediate_size);
+      moe.adapters.push_back(make_adapter(c.hidden_size, width, record_.rank));
       for (const AdapterPart& part : parts_of(moe.adapters.back())) {
         const AdapterSite site{.layer = static_cast<int64_t>(l),
                                .slot = static_cast<int64_t>(s),
@@ -193,7 +196,7 @@ void Recovery::add_adapters() {
 }
 
 void Recovery::choose_trainable() {
-  mark_trainable(*model_, record_);
+  mark_trainable(*model_, record_, options_.train_routers);
   const MemoryScope scope(MemoryCategory::kWeights);
   for (const ParameterPtr& p : model_->parameters()) {
     if (p->trainable && p->value.dtype() != DType::kF32) p->value = p->value.to(DType::kF32);
@@ -230,7 +233,14 @@ void Recovery::set_beta(double beta) {
 
 TrainerHooks Recovery::hooks(DType saved_dtype) {
   TrainerHooks hooks;
-  hooks.before_step = [this](int64_t step) { set_beta(annealing_.beta(step - 1, steps_)); };
+  hooks.before_step = [this](int64_t step) {
+    set_beta(annealing_.beta(step - 1, steps_));
+    if (pruner_) pruner_->before_step(step);
+  };
+  if (pruner_) {
+    hooks.save_extra = [this] { return pruner_->state(); };
+    hooks.load_extra = [this](const Json& state) { pruner_->restore(state); };
+  }
   hooks.log_fields = [this](const StepStats& stats) {
     return Json{{"beta", annealing_.beta(stats.step - 1, steps_)},
                 {"weight_bytes", memory_use(MemoryCategory::kWeights).live_bytes}};
@@ -242,11 +252,18 @@ TrainerHooks Recovery::hooks(DType saved_dtype) {
   return hooks;
 }
 
+TrainLosses Recovery::Observed::forward_backward(const Batch& batch, const TrainOptions& options) {
+  TrainOptions observed = options;
+  if (recovery_.pruner_) observed.observer = recovery_.pruner_->observer();
+  return recovery_.model_->forward_backward(batch, observed);
+}
+
 std::map<std::string, std::string> Recovery::fingerprint() const {
   return {{"base model", record_.model},
           {"method", record_.method},
           {"statistics", record_.statistics},
           {"compressed weights", model_fingerprint(Checkpoint(compressed_))},
+          {"routers", options_.train_routers ? "trained" : "frozen"},
           {"annealing", fmt::format("{} {:g} {:g}", annealing_.shape == AnnealShape::kLinear ? "linear" : "exponential",
                                     annealing_.eps, annealing_.gamma)}};
 }
@@ -255,6 +272,7 @@ void Recovery::finish() {
   if (finished_) return;
   finished_ = true;
   set_beta(0);
+  if (pruner_) record_.plan = pruner_->finish();
   if (!options_.merge) return;
   const std::vector<std::vector<uint8_t>> all_mergeable = mergeable_adapters(shapes_of(*model_), record_.plan);
   for (size_t l = 0; l < model_->blocks.size(); ++l) {
@@ -310,7 +328,7 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   OlmoeConfig config = read_config(compressed);
   const std::vector<LayerShape> shapes = with_adapters(record.plan.shapes(), record.rank);
   const std::unique_ptr<Olmoe> model = declare_model(config, shapes);
-  mark_trainable(*model, record);
+  mark_trainable(*model, record, options.train_routers);
   RecoveryEstimate estimate;
   for (const ParameterPtr& p : model->parameters()) {
     if (!p->trainable) p->value = Tensor::borrow(nullptr, p->value.shape(), options.dtype);
@@ -323,6 +341,9 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   if (annealing.eps > 0) estimate.original_bytes = record.plan.fading() * size.expert * bytes;
   estimate.stored_parameters =
       stored_parameters(options.merge ? merged_shapes(record.plan, record.rank) : shapes, size);
+  if (const int64_t keep = record.plan.experts_to_keep; keep > 0) {  // the others go while training
+    estimate.stored_parameters -= size.layers * (size.slots - keep) * size.expert;
+  }
   estimate.stored_bytes = estimate.stored_parameters * static_cast<int64_t>(size_of(saved_dtype));
   return estimate;
 }

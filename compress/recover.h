@@ -4,8 +4,10 @@
 //            trainable, the rest frozen; trainable weights are f32, frozen ones as asked
 //   steps    while beta > 0 replaced slots run as beta W_original + (1-beta) W_base + B A, minus beta B0 A0 where the adapters do not
 //            start at zero (svd), so that the first step is exactly the original model; at beta = 0 the originals leave memory
+//            methods that choose experts while training (compress/task_pruning.h) mask them on the way
 //   after    adapters of slots that own their expert are merged into it (W += B A) and removed, unless told otherwise
-// Everything is a function of the step and of the two directories, so a resumed run continues bit for bit: there is no state here.
+// Everything is a function of the step and of the two directories, so a resumed run continues bit for bit; what a pruner has seen is kept
+// in the checkpoints.
 
 #include <filesystem>
 #include <functional>
@@ -14,6 +16,7 @@
 
 #include "compress/annealing.h"
 #include "compress/record.h"
+#include "compress/task_pruning.h"
 #include "model/trainer.h"
 #include "model/training_estimate.h"
 
@@ -22,7 +25,8 @@ namespace lightmoe {
 struct RecoveryOptions {
   std::optional<Annealing> annealing;  // absent: the method's
   bool merge = true;
-  DType dtype = DType::kF32;  // of frozen weights in memory
+  bool train_routers = false;  // beside what the method trains
+  DType dtype = DType::kF32;   // of frozen weights in memory
   std::function<void(const std::string&)> say;
 };
 
@@ -34,6 +38,8 @@ class Recovery {
   ~Recovery();
 
   Olmoe& model() { return *model_; }
+  // What the training loop runs.
+  TrainableModel& trainable() { return trainable_; }
   const CompressionRecord& record() const { return record_; }
   const Annealing& annealing() const { return annealing_; }
   // before_step, log_fields and save_model; `evaluate` is the caller's. dtype: of models inside checkpoints.
@@ -50,6 +56,16 @@ class Recovery {
 
  private:
   class Originals;
+  // Shows every training pass to the pruner, if there is one.
+  class Observed : public TrainableModel {
+   public:
+    explicit Observed(Recovery& recovery) : recovery_(recovery) {}
+    std::vector<ParameterPtr> parameters() const override { return recovery_.model_->parameters(); }
+    TrainLosses forward_backward(const Batch& batch, const TrainOptions& options) override;
+
+   private:
+    Recovery& recovery_;
+  };
   void set_beta(double beta);
   void add_adapters();
   void choose_trainable();
@@ -61,6 +77,8 @@ class Recovery {
   Annealing annealing_;
   std::unique_ptr<Olmoe> model_;
   std::unique_ptr<Originals> originals_;  // null from beta = 0 on
+  std::unique_ptr<TaskPruner> pruner_;    // of methods that choose experts while training
+  Observed trainable_{*this};
   bool finished_ = false;
 };
 

@@ -35,6 +35,10 @@ const char* name_of(Needs needs) {
       return "a sample of inputs";
     case Needs::kBoth:
       return "mean outputs, inputs";
+    case Needs::kUnitGradients:
+      return "unit gradients";
+    case Needs::kTokens:
+      return "a sample of tokens";
   }
   return "?";
 }
@@ -46,6 +50,12 @@ void check_needs(const Method& method, const Statistics& statistics) {
         name_of(method.needs));
   check(!needs_all_outputs(method.needs) || !layer.all_output.empty(), ErrorKind::kUsage,
         "{} needs {}: give --stats with a file of `lightmoe calibrate --all-outputs`", method.name,
+        name_of(method.needs));
+  check(!needs_unit_gradients(method.needs) || !layer.unit_gradient2.empty(), ErrorKind::kUsage,
+        "{} needs {}: give --stats with a file of `lightmoe calibrate --unit-gradients`", method.name,
+        name_of(method.needs));
+  check(method.needs != Needs::kTokens || !statistics.sample_ids.empty(), ErrorKind::kUsage,
+        "{} needs {}: give --stats with a file of `lightmoe calibrate` (--sample-tokens above 0)", method.name,
         name_of(method.needs));
 }
 

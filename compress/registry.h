@@ -31,6 +31,8 @@ struct MethodOptions {
   AdapterInit adapter_init = AdapterInit::kGaussian;
   double adapter_std = 0;  // of A; 0 = 1 / sqrt(3 in)
   uint64_t seed = 1;
+  // Pruning: a removed slot answers with the survivor most like it instead of being masked (arXiv 2605.13997, compress/pruning.h).
+  bool redirect = false;
 };
 
 struct MethodInput {
@@ -54,19 +56,22 @@ enum class Trainable : uint8_t {
 // What a method reads beside the weights.
 enum class Needs : uint8_t {
   kNothing,
-  kSums,        // what every calibration collects
-  kAllOutputs,  // calibrate --all-outputs
-  kInputs,      // calibrate --sample-inputs
-  kBoth,        // both of them
+  kSums,           // what every calibration collects
+  kAllOutputs,     // calibrate --all-outputs
+  kInputs,         // calibrate --sample-inputs
+  kBoth,           // both of them
+  kUnitGradients,  // calibrate --unit-gradients
+  kTokens,         // the token sample itself, which every calibration keeps
 };
 inline bool needs_all_outputs(Needs n) { return n == Needs::kAllOutputs || n == Needs::kBoth; }
+inline bool needs_unit_gradients(Needs n) { return n == Needs::kUnitGradients; }
 inline bool needs_inputs(Needs n) { return n == Needs::kInputs || n == Needs::kBoth; }
 
 struct Method {
   std::string name, summary;
   std::string paper = "";  // arXiv id
   std::string slots =
-      "";  // kinds of slots beside untouched experts: "removed", "shared", "adapter", "constant", "latent"
+      "";  // kinds of slots beside untouched experts: "removed", "shared", "adapter", "constant", "latent", "narrow"
   Plan (*plan)(const MethodInput&);
   int64_t (*rank)(const MethodInput&) = nullptr;  // of the adapters in recovery; null: see recovery_rank
   Trainable trainable = Trainable::kNothing;

@@ -40,6 +40,7 @@ Json to_json(const RecipeTraining& t) {
           {"weight_decay", t.weight_decay},
           {"clip", t.clip},
           {"aux_coef", t.aux_coef},
+          {"entropy_coef", t.entropy_coef},
           {"betas", {t.beta1, t.beta2}},
           {"anneal", t.anneal ? Json(*t.anneal) : Json(nullptr)},
           {"anneal_shape", t.anneal_shape},
@@ -59,7 +60,8 @@ Json to_json(const MethodOptions& o) {
           {"starved", static_cast<int>(o.selection.starved)},
           {"init", name_of(o.adapter_init)},
           {"std", o.adapter_std},
-          {"seed", o.seed}};
+          {"seed", o.seed},
+          {"redirect", o.redirect}};
 }
 
 StageLock::StageLock(const std::filesystem::path& file)

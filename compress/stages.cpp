@@ -102,12 +102,14 @@ void Stages::calibrate(size_t t) {
   fs::create_directories(task_directory(t));
   // What is collected beside does not change the rest: a method that joins the recipe leaves the others' stages as they are.
   const std::string key =
-      key_of({{"statistics", statistics_key(t)}, {"needs", {needs(&needs_all_outputs), needs(&needs_inputs)}}});
+      key_of({{"statistics", statistics_key(t)},
+              {"needs", {needs(&needs_all_outputs), needs(&needs_inputs), needs(&needs_unit_gradients)}}});
   if (is_done(key_file, key) && fs::exists(file)) return;
   if (original_ == nullptr) original_ = load_model(recipe_.model, source_dtype());
   CalibrateOptions options = recipe_.calibrate;
   options.length = std::min(options.length, config_.max_position_embeddings);
   options.all_outputs = needs(&needs_all_outputs), options.sample_inputs = needs(&needs_inputs);
+  options.unit_gradients = needs(&needs_unit_gradients);
   const CalibrationSet set = calibration_set(data(t).train, options);
   const Statistics statistics = lightmoe::calibrate(*original_, set, fingerprint_, options);
   save_statistics(statistics, file);
@@ -207,7 +209,8 @@ bool Stages::train_back(const RunPlan& plan, const RecipeTraining& t) {
   Recovery recovery(
       compressed_directory(plan) / "compressed", recipe_.model, t.steps,
       {.annealing = Annealing{.eps = eps, .shape = parse_anneal_shape(t.anneal_shape), .gamma = t.anneal_gamma},
-       .merge = t.merge});
+       .merge = t.merge,
+       .train_routers = t.entropy_coef > 0});
   TrainerOptions options = trainer_options(t, directory);
   options.fingerprint = recovery.fingerprint();
   TrainerHooks hooks = recovery.hooks(saved_dtype());
@@ -220,8 +223,7 @@ bool Stages::train_back(const RunPlan& plan, const RecipeTraining& t) {
     if (options.eval_every == 0) options.eval_every = t.steps;
   }
   reset_peak_memory();
-  TrainableOlmoe trainable(recovery.model());
-  const TrainResult trained = train(trainable, stream, options, hooks);
+  const TrainResult trained = train(recovery.trainable(), stream, options, hooks);
   if (trained.stopped_by_signal != 0) {
     stopped_by_ = exit_code_of(trained, false);
     return false;
@@ -263,6 +265,7 @@ TrainerOptions Stages::trainer_options(const RecipeTraining& t, const fs::path& 
                  .clip_norm = t.clip,
                  .rule = no_decay_for_vectors};
   o.aux_coef = t.aux_coef;
+  o.entropy_coef = t.entropy_coef;
   o.recompute = t.recompute;
   o.eval_every = t.eval_every;
   o.checkpoint = {.directory = directory / "checkpoints",

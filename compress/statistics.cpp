@@ -53,6 +53,7 @@ void add(LayerStatistics& to, const LayerStatistics& from) {
   add(to.routed_output, from.routed_output);
   add(to.routed_output2, from.routed_output2);
   add(to.all_output, from.all_output);
+  add(to.unit_gradient2, from.unit_gradient2);
   to.logit_norm += from.logit_norm;
   const bool inputs = (from.sample_inputs.empty() == from.sample_logits.empty()) &&
                       (to.sample_inputs.empty() == to.sample_logits.empty());  // both parts have them
@@ -69,6 +70,9 @@ Statistics merge_statistics(const std::vector<Statistics>& parts) {
   for (size_t p = 1; p < parts.size(); ++p) {
     const Statistics& s = parts[p];
     check_statistics(s, out.model, out.num_layers, out.num_slots, out.hidden, fmt::format("statistics file {}", p + 1));
+    if (s.sample_ids.size() != s.sample_token.size()) out.sample_ids.clear();  // only when every part has them
+    if (out.sample_ids.size() == out.sample_token.size())
+      out.sample_ids.insert(out.sample_ids.end(), s.sample_ids.begin(), s.sample_ids.end());
     const int32_t next_sequence = out.sample_sequence.empty() ? 0 : out.sample_sequence.back() + 1;
     for (const int64_t token : s.sample_token) out.sample_token.push_back(out.tokens + token);
     for (const int32_t sequence : s.sample_sequence) out.sample_sequence.push_back(next_sequence + sequence);

@@ -2,7 +2,7 @@
 // What one pass over task data says about the experts: the file that `calibrate` writes and every method reads.
 // Sums run in f64 in the order of the tokens, so that the file depends on the data and the model alone.
 // g_i(x) is the gate of slot i where the router chose it, else 0 (no renormalisation beyond the model's own); f_i(x) its output.
-// On disk: one safetensors file, tensors named as the members below with layers stacked ([L,E], [L], [L,E,D], [L,N,E], [L,N,D]), all
+// On disk: one safetensors file, tensors named as the members below with layers stacked ([L,E], [L], [L,E,D], [L,E,F], [L,N,E], [L,N,D]), all
 // f64 but the sample; those that were not collected are absent; metadata: format, model (fingerprint), data (hash), tokens, version.
 
 #include <cstdint>
@@ -24,6 +24,7 @@ struct LayerStatistics {
   std::vector<double> routed_output;      // [E*D] sum f over routed tokens
   std::vector<double> routed_output2;     // [E*D] sum f^2, element by element, over routed tokens; empty in old files
   std::vector<double> all_output;         // [E*D] sum f over all tokens, empty unless asked for
+  std::vector<double> unit_gradient2;     // [E*F] compress/unit_gradients.h, empty unless asked for
   double logit_norm = 0;                  // sum over tokens of ||router logits||_2
   std::vector<float> sample_logits;       // [N*E] router logits of the token sample
   std::vector<float> sample_inputs;       // [N*D] what the MoE block saw for the same tokens, empty unless asked for
@@ -38,6 +39,7 @@ struct Statistics {
   // The token sample: whole sequences (or their beginnings) spread evenly over the pass.
   std::vector<int64_t> sample_token;     // [N] index of the token in the pass
   std::vector<int32_t> sample_sequence;  // [N] which sequence it belongs to, ascending
+  std::vector<int32_t> sample_ids;       // [N] the token itself; empty in old files
 
   int64_t sample_size() const { return static_cast<int64_t>(sample_sequence.size()); }
 };

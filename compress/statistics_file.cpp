@@ -12,26 +12,34 @@ namespace {
 
 constexpr const char* kFormat = "statistics-1";
 
+enum class Extent : uint8_t { kSlots, kHidden, kUnits };  // [E], [E*D], [E*F]
 struct Field {
   const char* name;
   std::vector<double> LayerStatistics::*values;
-  bool wide;              // [E*D] instead of [E]
+  Extent extent;
   bool optional = false;  // may be absent
+  bool negative = false;  // may hold negative numbers
 };
 constexpr Field kFields[] = {
-    {"count", &LayerStatistics::count, false},
-    {"gate_mass", &LayerStatistics::gate_mass, false},
-    {"output_norm", &LayerStatistics::output_norm, false},
-    {"gate_output_norm", &LayerStatistics::gate_output_norm, false},
-    {"output_norm2", &LayerStatistics::output_norm2, false},
-    {"gate_output_norm2", &LayerStatistics::gate_output_norm2, false},
-    {"routed_output", &LayerStatistics::routed_output, true},
-    {"routed_output2", &LayerStatistics::routed_output2, true, true},
-    {"all_output", &LayerStatistics::all_output, true, true},
+    {"count", &LayerStatistics::count, Extent::kSlots},
+    {"gate_mass", &LayerStatistics::gate_mass, Extent::kSlots},
+    {"output_norm", &LayerStatistics::output_norm, Extent::kSlots},
+    {"gate_output_norm", &LayerStatistics::gate_output_norm, Extent::kSlots},
+    {"output_norm2", &LayerStatistics::output_norm2, Extent::kSlots},
+    {"gate_output_norm2", &LayerStatistics::gate_output_norm2, Extent::kSlots},
+    {"routed_output", &LayerStatistics::routed_output, Extent::kHidden, false, true},
+    {"routed_output2", &LayerStatistics::routed_output2, Extent::kHidden, true},
+    {"all_output", &LayerStatistics::all_output, Extent::kHidden, true, true},
+    {"unit_gradient2", &LayerStatistics::unit_gradient2, Extent::kUnits, true},
 };
 
-Shape stacked_shape(const Statistics& s, bool wide) {
-  return wide ? Shape{s.num_layers, s.num_slots, s.hidden} : Shape{s.num_layers, s.num_slots};
+// `units`: F of the file or of the values.
+Shape stacked_shape(const Statistics& s, Extent extent, int64_t units) {
+  if (extent == Extent::kSlots) return {s.num_layers, s.num_slots};
+  return {s.num_layers, s.num_slots, extent == Extent::kHidden ? s.hidden : units};
+}
+int64_t units_of(const Statistics& s) {
+  return static_cast<int64_t>(s.layers.front().unit_gradient2.size()) / s.num_slots;
 }
 
 template <class T>
@@ -84,6 +92,12 @@ void check_finite(const std::vector<T>& values, bool non_negative, const Safeten
   }
 }
 
+// F as the file has it, 1 where it is not to be had.
+int64_t units_in(const SafetensorsFile& file) {
+  const TensorInfo* info = file.find("unit_gradient2");
+  return info != nullptr && info->shape.size() == 3 && info->shape[2] <= 1 << 20 ? info->shape[2] : 1;
+}
+
 // [L,N,D] as a matrix [L*N,D], to read one layer at a time.
 TensorInfo stacked_rows(TensorInfo info) {
   info.shape = {info.shape[0] * info.shape[1], info.shape[2]};
@@ -100,6 +114,10 @@ void read_sample(const SafetensorsFile& file, Statistics& s) {
   s.sample_sequence.assign(sequence.data<int32_t>(), sequence.data<int32_t>() + n);
   const Tensor token = read_checked(file, "sample_token", {n}, DType::kI64);
   s.sample_token.assign(token.data<int64_t>(), token.data<int64_t>() + n);
+  if (file.find("sample_ids") != nullptr) {
+    const Tensor ids = read_checked(file, "sample_ids", {n}, DType::kI32);
+    s.sample_ids.assign(ids.data<int32_t>(), ids.data<int32_t>() + n);
+  }
   const Tensor logits = read_checked(file, "sample_logits", {s.num_layers, n, s.num_slots}, DType::kF32);
   for (size_t l = 0; l < s.layers.size(); ++l) {
     s.layers[l].sample_logits = part<float>(logits, static_cast<int64_t>(l));
@@ -123,7 +141,7 @@ void save_statistics(const Statistics& s, const std::filesystem::path& file) {
   std::vector<std::pair<std::string, Tensor>> tensors;
   for (const Field& field : kFields) {
     if ((s.layers.front().*field.values).empty()) continue;
-    tensors.emplace_back(field.name, stack(s, stacked_shape(s, field.wide), field.values));
+    tensors.emplace_back(field.name, stack(s, stacked_shape(s, field.extent, units_of(s)), field.values));
   }
   std::vector<double> norms;
   for (const LayerStatistics& layer : s.layers) norms.push_back(layer.logit_norm);
@@ -131,6 +149,7 @@ void save_statistics(const Statistics& s, const std::filesystem::path& file) {
   if (const int64_t n = s.sample_size(); n > 0) {
     tensors.emplace_back("sample_sequence", Tensor::from(s.sample_sequence, {n}));
     tensors.emplace_back("sample_token", Tensor::from(s.sample_token, {n}));
+    if (!s.sample_ids.empty()) tensors.emplace_back("sample_ids", Tensor::from(s.sample_ids, {n}));
     tensors.emplace_back("sample_logits", stack(s, {s.num_layers, n, s.num_slots}, &LayerStatistics::sample_logits));
     if (!s.layers.front().sample_inputs.empty()) {
       tensors.emplace_back("sample_inputs", stack(s, {s.num_layers, n, s.hidden}, &LayerStatistics::sample_inputs));
@@ -158,7 +177,7 @@ Statistics load_statistics(const std::filesystem::path& path) {
                .hidden = metadata_integer(file, "hidden", 1, 1 << 20)};
   for (const Field& field : kFields) {  // all shapes before any memory
     if (field.optional && file.find(field.name) == nullptr) continue;
-    check_shape(file, field.name, stacked_shape(s, field.wide));
+    check_shape(file, field.name, stacked_shape(s, field.extent, units_in(file)));
   }
   s = empty_statistics(s.num_layers, s.num_slots, s.hidden, true);
   s.tokens = metadata_integer(file, "tokens", 1, int64_t{1} << 50);
@@ -169,10 +188,10 @@ Statistics load_statistics(const std::filesystem::path& path) {
       for (LayerStatistics& layer : s.layers) (layer.*field.values).clear();
       continue;
     }
-    const Tensor stacked = read_checked(file, field.name, stacked_shape(s, field.wide), DType::kF64);
+    const Tensor stacked = read_checked(file, field.name, stacked_shape(s, field.extent, units_in(file)), DType::kF64);
     for (size_t l = 0; l < s.layers.size(); ++l) {
       s.layers[l].*field.values = part<double>(stacked, static_cast<int64_t>(l));
-      check_finite(s.layers[l].*field.values, !field.wide, file, field.name, l);
+      check_finite(s.layers[l].*field.values, !field.negative, file, field.name, l);
     }
   }
   const Tensor norms = read_checked(file, "logit_norm", {s.num_layers}, DType::kF64);

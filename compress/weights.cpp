@@ -70,9 +70,11 @@ MatrixPlace place_of(const Checkpoint& checkpoint, const std::string& name, cons
           .dtype = floating_dtype(checkpoint, info)};
 }
 
+std::vector<int64_t> expert_matrix_shape(int64_t hidden, int64_t width, ExpertMatrix matrix) {
+  return matrix == ExpertMatrix::kDown ? std::vector{hidden, width} : std::vector{width, hidden};
+}
 std::vector<int64_t> expert_matrix_shape(const OlmoeConfig& config, ExpertMatrix matrix) {
-  const int64_t d = config.hidden_size, f = config.intermediate_size;
-  return matrix == ExpertMatrix::kDown ? std::vector{d, f} : std::vector{f, d};
+  return expert_matrix_shape(config.hidden_size, config.intermediate_size, matrix);
 }
 
 ExpertSource::ExpertSource(const Checkpoint& checkpoint, const OlmoeConfig& config)

@@ -2,6 +2,7 @@
 // Matrices of a checkpoint that are read piece by piece, so that a model larger than memory can be compressed or exported.
 
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,7 @@ struct MatrixPlace {
 MatrixPlace place_of(const Checkpoint& checkpoint, const std::string& name, const std::vector<int64_t>& shape);
 
 // Shapes of one expert's matrices: gate and up [F,D], down [D,F].
+std::vector<int64_t> expert_matrix_shape(int64_t hidden, int64_t width, ExpertMatrix matrix);
 std::vector<int64_t> expert_matrix_shape(const OlmoeConfig& config, ExpertMatrix matrix);
 
 // The original experts of a stock checkpoint, stored one by one or fused (mlp.experts.gate_up_proj [E,2F,D], .down_proj [E,D,F]).
@@ -37,6 +39,7 @@ class ExpertSource {
   MatrixPlace router(int64_t layer) const;                   // [E,D]
   std::vector<std::string> tensors_of(int64_t layer) const;  // names in the file
   bool fused() const { return fused_; }
+  const std::filesystem::path& directory() const { return checkpoint_.path(); }
 
  private:
   const Checkpoint& checkpoint_;

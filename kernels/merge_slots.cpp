@@ -18,7 +18,12 @@ void forward(const MergeSlots& op) {
   parallel_for(0, tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * top_k; row < end * top_k; row += top_k) {
       for (int64_t k = 0; k < top_k; ++k) {
-        const int32_t lane = lanes[slots[row + k]];
+        const int32_t slot = slots[row + k];
+        if (slot == dropped) {
+          first[row + k] = static_cast<int32_t>(k), merged[row + k] = dropped, merged_gates[row + k] = 0;
+          continue;
+        }
+        const int32_t lane = lanes[slot];
         int64_t j = 0;
         while (j < k && merged[row + j] != lane) ++j;
         first[row + k] = static_cast<int32_t>(j);

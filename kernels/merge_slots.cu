@@ -16,7 +16,12 @@ __global__ void __launch_bounds__(kThreads)
   if (t >= tokens) return;
   const int64_t row = static_cast<int64_t>(t) * top_k;
   for (int k = 0; k < top_k; ++k) {
-    const int lane = lanes[slots[row + k]];
+    const int slot = slots[row + k];
+    if (slot == dropped) {
+      first[row + k] = k, merged[row + k] = dropped, merged_gates[row + k] = T(0);
+      continue;
+    }
+    const int lane = lanes[slot];
     int j = 0;
     while (j < k && merged[row + j] != lane) ++j;
     const T gate = gates[row + k];

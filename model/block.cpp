@@ -50,15 +50,43 @@ Var attention_half(Tape& tape, const Var& x, const Block& block, const BlockCont
   return add_in_place(tape, x, linear(tape, out, w.o, context.compute));
 }
 
+namespace {
+
+// gates[t,k] * weights[slots[t,k]]
+Var weighted_by_slot(Tape& tape, const Var& gates, const Tensor& slots, const ParameterPtr& weights) {
+  check(is_host_memory(slots.device()), ErrorKind::kDevice, "slot weights are learned on the CPU only, not on {}",
+        name_of(slots.device()));
+  const int64_t count = gates.value.numel();
+  const auto weighted = [slots, count, weights](const Tensor& values) {
+    const Tensor y = Tensor::empty(values.shape(), DType::kF32);
+    for (int64_t i = 0; i < count; ++i) {
+      y.data<float>()[i] = values.data<float>()[i] * weights->value.data<float>()[slots.data<int32_t>()[i]];
+    }
+    return y;
+  };
+  const Var y = Tape::output(weighted(gates.value), gates.needs_grad() || weights->trainable);
+  if (!tape.wants(y)) return y;
+  tape.record(y, [=, g = gates.value, dgates = gates.grad](const Tensor& dy) {
+    if (dgates) dgates->add(weighted(dy));
+    if (!weights->trainable) return;
+    float* dw = weights->ensure_grad().data<float>();
+    for (int64_t i = 0; i < count; ++i) dw[slots.data<int32_t>()[i]] += dy.data<float>()[i] * g.data<float>()[i];
+  });
+  return y;
+}
+
+}  // namespace
+
 MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context, Recompute recompute) {
   const TraceRange trace(TraceLevel::kLayer, "moe", x.value.dim(0), context.layer);
   const OlmoeConfig& config = context.config;
   const MoeLayer& layer = block.moe;
   Var n = rms_norm(tape, x, block.post_attention_norm, config.rms_norm_eps);
-  MoeHalf half{.out = {},
-               .routing = router(tape, n, layer.router, removed_mask(layer), config.num_experts_per_token,
-                                 config.norm_topk_prob)};
-  const Routing& r = half.routing;
+  MoeHalf half{
+      .out = {},
+      .routing = router(tape, n, layer.router, removed_mask(layer),
+                        experts_per_token(context.routing, config.num_experts_per_token), config.norm_topk_prob)};
+  Routing& r = half.routing;
   if (context.observer != nullptr && context.observer->on_router) {
     context.observer->on_router({.layer = context.layer,
                                  .x = n.value,
@@ -66,6 +94,14 @@ MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContex
                                  .probs = r.probs.value,
                                  .slots = r.slots,
                                  .gates = r.gates.value});
+  }
+  if (context.routing != nullptr) {
+    const RoutedTokens left = apply_skipping(*context.routing, context.layer, layer.num_slots(), config.norm_topk_prob,
+                                             {r.slots, r.gates.value});
+    r.slots = left.slots, r.gates.value = left.gates;
+  }
+  if (context.slot_weights != nullptr) {
+    r.gates = weighted_by_slot(tape, r.gates, r.slots, (*context.slot_weights)[static_cast<size_t>(context.layer)]);
   }
   const auto experts = [&layer, slots = r.slots, compute = context.compute](Tape& t, const std::vector<Var>& in) {
     return std::vector<Var>{moe_experts(t, in[0], layer, slots, in[1], compute)};

@@ -16,6 +16,9 @@ struct BlockContext {
   KvCache* cache = nullptr;
   std::vector<int32_t> new_counts;  // with a cache: new tokens of each sequence
   const Observer* observer = nullptr;
+  const RoutingOptions* routing = nullptr;  // inference
+  // Learned weights of slots, one [E] per layer: gates are multiplied by them (compress/diep.cpp).
+  const std::vector<ParameterPtr>* slot_weights = nullptr;
 };
 
 // x + attention. x may be released by the caller afterwards.

@@ -172,7 +172,7 @@ std::vector<Generation> Evaluation::answers(const std::vector<TextRecord>& recor
                           .tokenizer = tokenizer_,
                           .batch = options_.batch,
                           .truncate = options_.truncate,
-                          .forward = {.compute = options_.compute}};
+                          .forward = {.compute = options_.compute, .routing = options_.routing}};
   std::vector<std::vector<int32_t>> prompts;
   int64_t longest = 0;
   for (const TextRecord& record : records) {

@@ -38,8 +38,9 @@ struct EvalOptions {
   bool truncate = false;       // longer records: drop the oldest context instead of Error(kInput)
   int64_t max_new_tokens = 0;  // exact_match; 0 = longest reference of the task + 8 tokens
   GemmCompute compute = GemmCompute::kF32;
-  std::string gemm = "native";       // backend during evaluation; another one may give up batch invariance
-  const Olmoe* reference = nullptr;  // same vocabulary
+  std::string gemm = "native";              // backend during evaluation; another one may give up batch invariance
+  const Olmoe* reference = nullptr;         // same vocabulary
+  const RoutingOptions* routing = nullptr;  // of the model, not of the reference
   bool keep_samples = false;
 };
 

@@ -40,9 +40,9 @@ Pass make_pass(const std::vector<ScoredSequence>& sequences, size_t begin, size_
 }
 
 // Final hidden states of the labelled rows.
-Tensor hidden_rows(const Olmoe& model, const Pass& pass, const EvalOptions& options) {
+Tensor hidden_rows(const Olmoe& model, const Pass& pass, const ForwardOptions& options) {
   const Batch batch = make_packed_batch(pass.ids, {}, pass.positions, pass.doc_begin);
-  const Tensor hidden = model.forward(batch, {.compute = options.compute});
+  const Tensor hidden = model.forward(batch, options);
   const Tensor rows = Tensor::empty({static_cast<int64_t>(pass.rows.size()), hidden.dim(1)}, hidden.dtype());
   for (size_t i = 0; i < pass.rows.size(); ++i) {
     const int64_t to = static_cast<int64_t>(i);
@@ -109,7 +109,7 @@ std::vector<double> kl_rows(const Olmoe& model, const Tensor& hidden, const Tens
 void score_pass(const Olmoe& model, const Pass& pass, const EvalOptions& options, bool with_reference,
                 std::vector<SequenceScore>& scores) {
   if (pass.rows.empty()) return;
-  const Tensor hidden = hidden_rows(model, pass, options);
+  const Tensor hidden = hidden_rows(model, pass, {.compute = options.compute, .routing = options.routing});
   const RowScores rows = label_scores(model, hidden, pass, options);
   for (size_t i = 0; i < pass.rows.size(); ++i) {
     SequenceScore& score = scores[pass.owner[i]];
@@ -118,7 +118,7 @@ void score_pass(const Olmoe& model, const Pass& pass, const EvalOptions& options
     score.greedy = score.greedy && rows.argmax.data<int32_t>()[i] == pass.labels[i];
   }
   if (!with_reference) return;
-  const Tensor reference_hidden = hidden_rows(*options.reference, pass, options);
+  const Tensor reference_hidden = hidden_rows(*options.reference, pass, {.compute = options.compute});
   const RowScores reference = label_scores(*options.reference, reference_hidden, pass, options);
   const std::vector<double> kl = kl_rows(model, hidden, reference_hidden, options);
   for (size_t i = 0; i < pass.rows.size(); ++i) {

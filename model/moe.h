@@ -35,6 +35,7 @@ struct Slot {
 };
 
 // SwiGLU expert: f(x) = W_d (silu(W_g x) * (W_u x)).  gate_up [2F,D] (gate rows first), down [D,F].
+// F may differ from expert to expert (units removed inside them, model/moe_widths.h); an adapter has the F of its slots' expert.
 // On disk gate and up are separate Hugging Face tensors (names and slot table on disk: model/slot_table.h).
 // An entry whose matrices are null is W = 0: not stored, not computed, its slots give their adapter alone (h0 = 0, W_d z = 0).
 struct Expert {

@@ -9,6 +9,7 @@
 #include "model/moe_groups.h"
 #include "model/moe_latent.h"
 #include "model/moe_low_rank.h"
+#include "model/moe_widths.h"
 #include "runtime/trace.h"
 
 namespace lightmoe {
@@ -43,7 +44,8 @@ class MoeRun {
     zero_rows_ = has_zero_rows(groups_, plan_);
   }
 
-  Tensor forward(bool keep);
+  // Adds to `sum`, or gives a tensor of its own where that is undefined.
+  Tensor forward(bool keep, const Tensor& sum);
   // Whether backward reads x.
   bool reads_x() const { return !low_rank_.empty() || latents_->any() || any_trainable(groups_, ExpertHalf::kGateUp); }
   // dx undefined: x needs no gradient. Returns the gradient of the gates.
@@ -140,7 +142,7 @@ void MoeRun::combine(const Tensor& rows, const Tensor& y, bool accumulate, AddTe
   run(Combine{.x = terms, .index = plan_.index_pair, .accumulate = true, .y = y});
 }
 
-Tensor MoeRun::forward(bool keep) {
+Tensor MoeRun::forward(bool keep, const Tensor& sum) {
   const TraceRange trace(TraceLevel::kOp, "moe.experts", plan_.num_pairs);
   Tensor h = visit_rows(2 * width_);
   visit_product(x_, plan_.visit_token, ExpertHalf::kGateUp, true, h);
@@ -155,16 +157,17 @@ Tensor MoeRun::forward(bool keep) {
   if (keep) h_ = h;
   h.reset();
 
-  const Tensor y = empty(x_.dim(0), hidden_), rows = visit_rows(hidden_);
+  const bool accumulate = sum.defined();
+  const Tensor y = accumulate ? sum : empty(x_.dim(0), hidden_), rows = visit_rows(hidden_);
   x_.reset();
   if (pairs_are_visits() && low_rank_.empty()) {  // the gate may wait until the rows are summed
     visit_product(a, {}, ExpertHalf::kDown, true, rows);
-    run(Combine{.x = rows, .index = plan_.index_pair, .scales = gates_, .y = y});
+    run(Combine{.x = rows, .index = plan_.index_pair, .scales = gates_, .accumulate = accumulate, .y = y});
     if (constants_->any()) constants_->add_to_y(gates_, y);
     return y;
   }
   visit_product(gated_sum(a), {}, ExpertHalf::kDown, true, rows);
-  combine(rows, y, false, [&](size_t i, const Tensor& pair_rows, double beta) {
+  combine(rows, y, accumulate, [&](size_t i, const Tensor& pair_rows, double beta) {
     low_rank_[i].add_to_y(plan_, a, gates_, pair_rows, beta);
   });
   if (constants_->any()) constants_->add_to_y(gates_, y);
@@ -245,14 +248,30 @@ Var moe_experts(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& s
                 GemmCompute compute) {
   const bool needs = x.needs_grad() || gates.needs_grad() || any_trainable(layer);
   const bool keep = tape.recording() && needs;
-  const auto pass = std::make_shared<MoeRun>(layer, compute, x.value, slots, gates.value);
-  const Var y = Tape::output(pass->forward(keep), needs);
+  std::vector<std::shared_ptr<MoeRun>> passes;
+  Tensor sum;
+  bool reads_x = false;
+  const auto add = [&](const MoeLayer& part) {
+    const auto pass = std::make_shared<MoeRun>(part, compute, x.value, slots, gates.value);
+    sum = pass->forward(keep, sum);
+    reads_x = reads_x || pass->reads_x();
+    if (keep) passes.push_back(pass);
+  };
+  if (has_one_width(layer)) {
+    add(layer);
+  } else {
+    for (const MoeLayer& part : split_by_width(layer, slots)) add(part);
+  }
+  const Var y = Tape::output(sum, needs);
   if (!keep) return y;
-  tape.record(y, [pass, x = pass->reads_x() ? Saved(x) : Saved(), dx = x.grad, dgates = gates.grad](const Tensor& dy) {
+  tape.record(y, [passes, x = reads_x ? Saved(x) : Saved(), dx = x.grad, dgates = gates.grad](const Tensor& dy) {
     bool accumulate = false;
     const Tensor target = dx ? dx->target(dy.shape(), dy.dtype(), &accumulate) : Tensor();
-    const Tensor d = pass->backward(x.get(), dy, target, accumulate);
-    if (dgates) dgates->add(d);
+    for (const std::shared_ptr<MoeRun>& pass : passes) {
+      const Tensor d = pass->backward(x.get(), dy, target, accumulate);
+      if (dgates) dgates->add(d);
+      accumulate = true;
+    }
   });
   return y;
 }

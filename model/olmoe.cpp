@@ -93,7 +93,8 @@ Tensor Olmoe::forward(const Batch& batch, const ForwardOptions& options) const {
                      .sequences = batch.sequences,
                      .compute = options.compute,
                      .new_counts = {},
-                     .observer = options.observer});
+                     .observer = options.observer,
+                     .routing = options.routing});
 }
 
 Tensor Olmoe::forward_cached(const std::vector<int32_t>& ids, const std::vector<int32_t>& counts, KvCache& cache,
@@ -127,7 +128,8 @@ Tensor Olmoe::forward_cached(const std::vector<int32_t>& ids, const std::vector<
                                     .compute = options.compute,
                                     .cache = &cache,
                                     .new_counts = counts,
-                                    .observer = options.observer});
+                                    .observer = options.observer,
+                                    .routing = options.routing});
   for (size_t n = 0; n < counts.size(); ++n) cache.lengths[n] += counts[n];
   return hidden;
 }
@@ -148,7 +150,8 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
                          .positions = batch.positions,
                          .sequences = batch.sequences,
                          .compute = options.compute,
-                         .new_counts = {}};
+                         .new_counts = {},
+                         .observer = options.observer};
     std::vector<Var> probs;
     std::vector<Tensor> slots;
     Var x = lightmoe::embedding(tape, batch.ids, embedding);
@@ -168,6 +171,8 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
     Tape reporting(false);
     const double aux_scale = options.aux_coef * options.aux_scale;
     aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
+    const double entropy_scale = options.entropy_coef * options.aux_scale;
+    if (entropy_scale != 0) losses.entropy = router_entropy_loss(tape, probs, batch.mask, entropy_scale);
   }
   const TraceRange trace(TraceLevel::kPhase, "backward", batch.tokens());
   tape.backward();

@@ -14,6 +14,7 @@
 #include "kernels/gemm.h"
 #include "model/config.h"
 #include "model/moe.h"
+#include "model/routing.h"
 
 namespace lightmoe {
 
@@ -66,6 +67,7 @@ enum class Recompute : uint8_t { kNone, kMoe, kBlock };  // what backward recomp
 struct ForwardOptions {
   GemmCompute compute = GemmCompute::kF32;
   const Observer* observer = nullptr;
+  const RoutingOptions* routing = nullptr;  // lives as long as the pass
 };
 struct TrainOptions {
   GemmCompute compute = GemmCompute::kF32;
@@ -73,11 +75,14 @@ struct TrainOptions {
   double aux_coef = 0;    // times aux_scale: router_aux_loss_coef or a flag
   double aux_scale = 1;   // 1 / micro-batches of the step
   Recompute recompute = Recompute::kNone;
+  double entropy_coef = 0;             // times aux_scale: of the router probabilities' mean entropy
+  const Observer* observer = nullptr;  // with Recompute::kBlock routers are seen twice
 };
 struct TrainLosses {
   double ce_sum = 0;  // sum over unmasked labels (not scaled)
   int64_t labels = 0;
   double aux = 0;
+  double entropy = 0;  // mean over layers and unmasked tokens, only where it is asked for
 };
 
 class Olmoe {

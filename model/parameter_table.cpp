@@ -41,14 +41,17 @@ List with_experts(const OlmoeConfig& c, const std::function<void(List&, int64_t 
   return list;
 }
 
-std::vector<int64_t> expert_shape(const OlmoeConfig& c, ExpertMatrix matrix) {
-  if (matrix == ExpertMatrix::kDown) return {c.hidden_size, c.intermediate_size};
-  return {c.intermediate_size, c.hidden_size};
+std::vector<int64_t> expert_shape(const OlmoeConfig& c, ExpertMatrix matrix, int64_t width) {
+  if (matrix == ExpertMatrix::kDown) return {c.hidden_size, width};
+  return {width, c.hidden_size};
 }
 
-void add_adapter(List& list, const OlmoeConfig& c, int64_t layer, int64_t adapter, int64_t rank) {
+void add_adapter(List& list, const OlmoeConfig& c, int64_t layer, size_t index, const LayerShape& layer_shape) {
+  const int64_t rank = layer_shape.adapter_rank[index],
+                width = layer_shape.width_of_adapter(index, c.intermediate_size);
+  const auto adapter = static_cast<int64_t>(index);
   for (const ExpertMatrix matrix : kExpertMatrices) {
-    const std::vector<int64_t> shape = expert_shape(c, matrix);
+    const std::vector<int64_t> shape = expert_shape(c, matrix, width);
     list.push_back(
         {adapter_tensor_name(layer, adapter, matrix, false), {rank, shape[1]}, ParameterKind::kAdapter, layer});
     list.push_back(
@@ -124,7 +127,8 @@ List stock_parameters(const OlmoeConfig& c, ExpertLayout layout) {
     }
     for (int64_t e = 0; e < c.num_experts; ++e) {
       for (const ExpertMatrix m : kExpertMatrices) {
-        list.push_back({expert_tensor_name(l, e, m), expert_shape(c, m), ParameterKind::kExpert, l});
+        list.push_back(
+            {expert_tensor_name(l, e, m), expert_shape(c, m, c.intermediate_size), ParameterKind::kExpert, l});
       }
     }
   });
@@ -135,14 +139,15 @@ List compressed_parameters(const OlmoeConfig& c, const std::vector<LayerShape>& 
     const LayerShape& shape = layers[static_cast<size_t>(l)];
     for (size_t j = 0; j < shape.zero_expert.size(); ++j) {
       if (!shape.stores(j)) continue;  // stands for W = 0, or another layer stores it
+      const int64_t width = shape.width_of(j, c.intermediate_size);
       for (const ExpertMatrix m : kExpertMatrices) {
         list.push_back(
-            {bank_tensor_name(l, static_cast<int64_t>(j), m), expert_shape(c, m), ParameterKind::kExpert, l});
+            {bank_tensor_name(l, static_cast<int64_t>(j), m), expert_shape(c, m, width), ParameterKind::kExpert, l});
       }
     }
     add_constants_and_latents(list, c, l, shape);
     for (size_t a = 0; a < shape.adapter_rank.size(); ++a) {
-      add_adapter(list, c, l, static_cast<int64_t>(a), shape.adapter_rank[a]);
+      add_adapter(list, c, l, a, shape);
     }
   });
 }

@@ -1,5 +1,7 @@
 #include "model/slot_table.h"
 
+#include <algorithm>
+
 #include "loaders/json.h"
 #include "runtime/error.h"
 
@@ -33,6 +35,7 @@ class LayerReader {
     for (const Json& rank : array(layer_, "adapters")) {
       shape.adapter_rank.push_back(integer(rank, "adapters", 1, kMaxRank));
     }
+    if (layer_.contains("widths")) read_widths(shape);
     if (layer_.contains("borrowed")) read_borrowed(shape);
     if (layer_.contains("constants")) {
       shape.constants = integer(layer_["constants"], "constants", 1, config_.num_experts);
@@ -43,6 +46,16 @@ class LayerReader {
   }
 
  private:
+  void read_widths(LayerShape& shape) {
+    const Json& widths = array(layer_, "widths");
+    check(widths.size() == shape.zero_expert.size(), ErrorKind::kInput,
+          "{}: widths has {} entries, expected {} (experts)", where_, widths.size(), shape.zero_expert.size());
+    for (size_t j = 0; j < widths.size(); ++j) {
+      const int64_t least = shape.zero_expert[j] ? config_.intermediate_size : 1;
+      shape.widths.push_back(integer(widths[j], "widths", least, config_.intermediate_size));
+    }
+  }
+
   void read_borrowed(LayerShape& shape) {
     shape.borrowed.resize(shape.zero_expert.size());
     const auto entries = static_cast<int64_t>(shape.zero_expert.size());
@@ -58,6 +71,10 @@ class LayerReader {
           integer(item[2], "borrowed (entry there)", 0, static_cast<int64_t>(from.zero_expert.size()) - 1);
       check(from.stores(static_cast<size_t>(there)), ErrorKind::kInput, "{}: layer {} does not store its entry {}",
             where_, layer, there);
+      const int64_t full = config_.intermediate_size, width = shape.width_of(entry, full),
+                    owned = from.width_of(static_cast<size_t>(there), full);
+      check(width == owned, ErrorKind::kInput, "{}: entry {} has width {}, entry {} of layer {}, which stores it, {}",
+            where_, entry, width, there, layer, owned);
       shape.borrowed[entry] = {static_cast<int32_t>(layer), static_cast<int32_t>(there)};
     }
   }
@@ -166,9 +183,23 @@ LayerShape plain_layer_shape(int64_t num_slots) {
   return shape;
 }
 
-LayerShape shape_of(const MoeLayer& layer) {
+int64_t LayerShape::width_of_adapter(size_t adapter, int64_t full) const {
+  if (widths.empty()) return full;
+  for (const Slot& slot : slots) {
+    if (slot.adapter != static_cast<int32_t>(adapter)) continue;
+    return slot.kind == SlotKind::kExpert ? widths[static_cast<size_t>(slot.expert)] : full;
+  }
+  return full;
+}
+
+LayerShape shape_of(const MoeLayer& layer, int64_t full_width) {
   LayerShape shape{.slots = layer.slots};
-  for (const Expert& expert : layer.experts) shape.zero_expert.push_back(expert.gate_up == nullptr);
+  for (const Expert& expert : layer.experts) {
+    shape.zero_expert.push_back(expert.gate_up == nullptr);
+    shape.widths.push_back(expert.down == nullptr ? full_width : expert.down->value.dim(1));
+  }
+  const auto is_full = [full_width](int64_t width) { return width == full_width; };
+  if (std::all_of(shape.widths.begin(), shape.widths.end(), is_full)) shape.widths.clear();
   for (const Adapter& adapter : layer.adapters) shape.adapter_rank.push_back(adapter.rank());
   if (layer.constants != nullptr) shape.constants = layer.constants->value.dim(0);
   shape.projections = static_cast<int64_t>(layer.projections.size());
@@ -209,6 +240,7 @@ Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& meth
       if (from.layer >= 0) borrowed.push_back({j, from.layer, from.entry});
     }
     if (!borrowed.empty()) layer["borrowed"] = borrowed;
+    if (!shape.widths.empty()) layer["widths"] = shape.widths;
     if (shape.constants > 0) layer["constants"] = shape.constants;
     if (!shape.latent_projection.empty()) {
       layer["latents"] = {

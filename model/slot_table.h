@@ -6,6 +6,8 @@
 //   experts       entries of the bank; those in zero_experts stand for W = 0 and have no tensors (Replace without shared base)
 //   adapters      rank of each adapter;  slots.expert / slots.adapter: bank and adapter index per slot, -1 = none
 //   slots.kind    only when a slot is not of kind expert: "expert", "constant", "latent", "removed"
+//   widths        units F_e of each entry's expert, [2F_e,D] and [D,F_e], where some are narrower than intermediate_size; an adapter
+//                 is as wide as the expert of its slots. Zero entries have full width, borrowed ones that of their owner
 //   borrowed      [[entry, layer, entry there], ..]: entries that are another (lower) layer's stored expert; nothing is stored here
 //   constants     rows of mlp.constants;  slots.constant: row per slot
 //   latents       {"size": M, "projections": n, "projection": [of each latent]};  slots.latent: index per slot
@@ -30,17 +32,21 @@ struct LayerShape {
   std::vector<Slot> slots;            // E
   std::vector<uint8_t> zero_expert;   // one per bank entry: 1 = W = 0, nothing stored
   std::vector<int64_t> adapter_rank;  // one per adapter
+  std::vector<int64_t> widths;        // empty = all as wide as the config says, else one per bank entry
   std::vector<BankRef> borrowed;      // empty, or one per bank entry: where another layer stores it
   int64_t constants = 0;
   int64_t latent_size = 0, projections = 0;  // M, and how many [2M,D]
   std::vector<int32_t> latent_projection;    // one per latent
 
+  // F_e of a bank entry and of an adapter; `full` is the config's intermediate_size, which latents have.
+  int64_t width_of(size_t entry, int64_t full) const { return widths.empty() ? full : widths[entry]; }
+  int64_t width_of_adapter(size_t adapter, int64_t full) const;
   bool stores(size_t entry) const { return !zero_expert[entry] && (borrowed.empty() || borrowed[entry].layer < 0); }
 };
 
 // The stock layer: slot i owns expert i.
 LayerShape plain_layer_shape(int64_t num_slots);
-LayerShape shape_of(const MoeLayer& layer);  // as if no other layer had its experts
+LayerShape shape_of(const MoeLayer& layer, int64_t full_width);  // as if no other layer had its experts
 // Bank entries, adapters and slots are numbered as in the shape; `method` (may be null) is kept as it is.
 Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& method);
 // Error(kInput) starting with `name`, with layer, key, value and legal range.

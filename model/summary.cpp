@@ -1,6 +1,7 @@
 #include "model/summary.h"
 
 #include <algorithm>
+#include <numeric>
 #include <unordered_map>
 
 #include "loaders/json.h"
@@ -15,13 +16,16 @@ int64_t most_active_experts(const ModelSummary& s) {
   int64_t active = 0;
   for (int64_t l = 0; l < s.config.num_layers; ++l) {
     int64_t experts = s.config.num_experts, adapters = 0, rank = 0, latents = 0, m = 0, projections = 0;
+    int64_t units = std::min(k, experts) * f;
     if (!s.layers.empty()) {
       const LayerSummary& layer = s.layers[static_cast<size_t>(l)];
       experts = layer.own + layer.shared, adapters = layer.adapters, rank = layer.largest_rank;
       latents = layer.latent_slots, m = layer.latent_size, projections = layer.projections;
+      const auto widest = std::min<std::ptrdiff_t>(k, std::ssize(layer.widths));
+      units = std::accumulate(layer.widths.end() - widest, layer.widths.end(), int64_t{0});
     }
     const int64_t whole = std::min(k, experts);  // a whole expert is more than a latent one: the most there can be
-    active += whole * 3 * d * f + std::min(k - whole, latents) * (2 * f * m + d * f) +
+    active += units * 3 * d + std::min(k - whole, latents) * (2 * f * m + d * f) +
               std::min(k - whole, projections) * 2 * m * d + std::min(k, adapters) * 3 * rank * (d + f);
   }
   return active;
@@ -58,7 +62,7 @@ std::vector<ParameterInfo> expected_parameters(const OlmoeConfig& config, const 
   return list;
 }
 
-LayerSummary summarize_layer(const LayerShape& shape) {
+LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width) {
   LayerSummary out;
   std::vector<int64_t> users(shape.zero_expert.size(), 0);
   for (const Slot& slot : shape.slots) {
@@ -74,11 +78,13 @@ LayerSummary summarize_layer(const LayerShape& shape) {
   for (size_t e = 0; e < users.size(); ++e) {
     if (shape.zero_expert[e]) continue;
     out.borrowed += shape.stores(e) ? 0 : 1;
+    out.widths.push_back(shape.width_of(e, full_width));
     if (users[e] > 1)
       ++out.shared, out.sharing_slots += users[e];
     else
       ++out.own;
   }
+  std::sort(out.widths.begin(), out.widths.end());
   out.latent_size = shape.latent_size, out.projections = shape.projections;
   out.adapters = static_cast<int64_t>(shape.adapter_rank.size());
   if (out.adapters > 0) {
@@ -95,7 +101,8 @@ ModelSummary summarize_model(const std::filesystem::path& directory) {
   out.layout = layout_name(out.config, files);
   if (out.layout == "compressed") {
     out.slot_tables = slot_tables_from_json(parse_json(out.config.lightmoe_json, name), out.config, name);
-    for (const LayerShape& shape : out.slot_tables) out.layers.push_back(summarize_layer(shape));
+    for (const LayerShape& shape : out.slot_tables)
+      out.layers.push_back(summarize_layer(shape, out.config.intermediate_size));
   }
   std::unordered_map<std::string, ParameterKind> kinds;
   for (const ParameterInfo& p : expected_parameters(out.config, files, name)) {

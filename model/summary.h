@@ -32,6 +32,7 @@ struct LayerSummary {    // of a compressed layer
   int64_t sharing_slots = 0, zero_slots = 0, removed_slots = 0, constant_slots = 0, latent_slots = 0;
   int64_t latent_size = 0, projections = 0;
   int64_t adapters = 0, smallest_rank = 0, largest_rank = 0;
+  std::vector<int64_t> widths;  // units of the stored experts (borrowed ones too), ascending
 };
 
 struct ModelSummary {
@@ -51,6 +52,6 @@ struct ModelSummary {
   bool has_tokenizer = false, has_marker = false;
 };
 ModelSummary summarize_model(const std::filesystem::path& directory);
-LayerSummary summarize_layer(const LayerShape& shape);
+LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width);
 
 }  // namespace lightmoe

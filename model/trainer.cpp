@@ -209,7 +209,8 @@ StepStats Training::forward_backward(int64_t step) {
                              .loss_scale = stats.labels > 0 ? 1.0 / static_cast<double>(stats.labels) : 0,
                              .aux_coef = options_.aux_coef,
                              .aux_scale = 1.0 / static_cast<double>(options_.accumulate),
-                             .recompute = options_.recompute};
+                             .recompute = options_.recompute,
+                             .entropy_coef = options_.entropy_coef};
   double ce_sum = 0;
   optimizer_.zero_grad();
   for (const TokenRows& rows : micro_batches) {
@@ -218,6 +219,7 @@ StepStats Training::forward_backward(int64_t step) {
             rows.num_labels, losses.labels);
     ce_sum += losses.ce_sum;
     stats.aux += losses.aux * options.aux_scale;
+    stats.entropy += losses.entropy * options.aux_scale;
   }
   stats.loss = ce_sum * options.loss_scale;
   return stats;
@@ -254,6 +256,7 @@ void Training::log_step(const StepStats& stats) {
   Json line = {{"step", stats.step},           {"loss", stats.loss},       {"aux", stats.aux},
                {"grad_norm", stats.grad_norm}, {"lr", stats.lr},           {"tokens", stats.tokens},
                {"labels", stats.labels},       {"seconds", stats.seconds}, {"epoch", stats.epoch}};
+  if (options_.entropy_coef != 0) line["router_entropy"] = stats.entropy;
   line["live_bytes"] = memory_use_total().live_bytes;
   line["peak_bytes"] = memory_use_total().peak_bytes;
   if (!stats.skipped.empty()) line["skipped"] = stats.skipped;

@@ -26,7 +26,8 @@ MoeLayer declare_layer(const OlmoeConfig& c, const LayerShape& shape) {
                  .annealed = {}};
   const int64_t d = c.hidden_size, f = c.intermediate_size;
   for (size_t j = 0; j < shape.zero_expert.size(); ++j) {
-    layer.experts.push_back(shape.stores(j) ? Expert{.gate_up = declared({2 * f, d}), .down = declared({d, f})}
+    const int64_t w = shape.width_of(j, f);
+    layer.experts.push_back(shape.stores(j) ? Expert{.gate_up = declared({2 * w, d}), .down = declared({d, w})}
                                             : Expert{});  // zero, or filled in from the layer that stores it
   }
   if (shape.constants > 0) layer.constants = declared({shape.constants, d});
@@ -36,11 +37,12 @@ MoeLayer declare_layer(const OlmoeConfig& c, const LayerShape& shape) {
     layer.latents.push_back(
         {.a_gate = declared({f, m}), .a_up = declared({f, m}), .down = declared({d, f}), .projection = projection});
   }
-  for (const int64_t r : shape.adapter_rank) {
+  for (size_t a = 0; a < shape.adapter_rank.size(); ++a) {
+    const int64_t r = shape.adapter_rank[a], w = shape.width_of_adapter(a, f);
     layer.adapters.push_back({.a_gate_up = declared({2 * r, d}),
-                              .b_gate = declared({f, r}),
-                              .b_up = declared({f, r}),
-                              .a_down = declared({r, f}),
+                              .b_gate = declared({w, r}),
+                              .b_up = declared({w, r}),
+                              .a_down = declared({r, w}),
                               .b_down = declared({d, r})});
   }
   return layer;
@@ -77,8 +79,9 @@ void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
   for (size_t e = 0; e < layer.experts.size(); ++e) {
     const Expert& expert = layer.experts[e];
     if (expert.gate_up == nullptr || !experts_.insert(expert.gate_up.get()).second) continue;
-    halves(name(e, ExpertMatrix::kGate), name(e, ExpertMatrix::kUp), expert.gate_up, "intermediate_size, hidden_size");
-    whole(name(e, ExpertMatrix::kDown), expert.down, "hidden_size, intermediate_size");
+    halves(name(e, ExpertMatrix::kGate), name(e, ExpertMatrix::kUp), expert.gate_up,
+           "intermediate_size or lightmoe.widths, hidden_size");
+    whole(name(e, ExpertMatrix::kDown), expert.down, "hidden_size, intermediate_size or lightmoe.widths");
   }
   if (layer.constants != nullptr) whole(constants_tensor_name(l), layer.constants, "lightmoe.constants, hidden_size");
   for (size_t i = 0; i < layer.projections.size(); ++i) {
@@ -124,7 +127,7 @@ std::vector<LayerShape> shapes_of(const Olmoe& model) {
   std::unordered_map<const Parameter*, BankRef> owners;
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     const MoeLayer& moe = model.blocks[l].moe;
-    LayerShape& shape = shapes.emplace_back(shape_of(moe));
+    LayerShape& shape = shapes.emplace_back(shape_of(moe, model.config.intermediate_size));
     for (size_t j = 0; j < moe.experts.size(); ++j) {
       if (moe.experts[j].gate_up == nullptr) continue;
       const BankRef here{static_cast<int32_t>(l), static_cast<int32_t>(j)};

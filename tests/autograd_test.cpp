@@ -113,6 +113,23 @@ TEST(Autograd, LoadBalanceLossPooledOverLayers) {
   expect_good(loss, {x}, {w1, w2});
 }
 
+TEST(Autograd, RouterEntropy) {
+  const Var x = variable({5, 6}, 1);
+  const ParameterPtr w1 = parameter({8, 6}, 2), w2 = parameter({8, 6}, 3);
+  const Tensor mask = Tensor::from<uint8_t>({1, 1, 0, 1, 1}, {5}),
+               removed = Tensor::from<uint8_t>({0, 1, 0, 0, 0, 1, 0, 0}, {8});
+  const double scale = 0.3;
+  const auto loss = [&](Tape& tape) {
+    const Routing a = router(tape, x, w1, removed, 2, false), b = router(tape, x, w2, {}, 2, false);
+    return scale * router_entropy_loss(tape, {a.probs, b.probs}, mask, scale);
+  };
+  expect_good(loss, {x}, {w1, w2});
+  // Four even probabilities, and a sure choice: (ln 4 + 0) / 2.
+  Tape quiet(false);
+  const Var p = Tape::constant(Tensor::from<double>({.25, .25, .25, .25, 0, 0, 1, 0}, {2, 4}));
+  EXPECT_NEAR(router_entropy_loss(quiet, {p}, {}, 1), std::log(4.) / 2, 1e-15);
+}
+
 TEST(Autograd, LmHeadLoss) {
   const Var x = variable({6, 5}, 1);
   const ParameterPtr w = parameter({9, 5}, 2);

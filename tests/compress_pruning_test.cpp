@@ -115,6 +115,61 @@ TEST(Pruning, RefusesWhatLeavesTheRouterNoChoice) {
   EXPECT_EQ(find_method("reap").plan(input).layers[0].bank.size(), 2u);
 }
 
+// Two tokens of one sequence; columns of the logits as vectors: 0 (1,0), 1 (1,.1), 2 (0,1), 3 (.1,1). Experts 0 and 2 stay.
+TEST(Pruning, RedirectedByHand) {
+  const OlmoeConfig config = tiny_config();
+  Statistics statistics = empty_statistics(1, 4, 4, false);
+  statistics.tokens = 2;
+  LayerStatistics& l = statistics.layers[0];
+  l.count = {9, 1, 9, 1};
+  l.sample_logits = {1, 1, 0, .1F, 0, .1F, 1, 1};
+  statistics.sample_sequence = {0, 0}, statistics.sample_token = {0, 1};
+  MethodOptions options;
+  options.budget = {BudgetKind::kExpertsPerLayer, 2};
+  options.redirect = true;
+  const MethodInput input{.config = config, .statistics = statistics, .options = options};
+  const LayerPlan layer = find_method("frequency").plan(input).layers[0];
+  const std::vector<int32_t> expected = {0, 0, 1, 1};  // bank entries
+  for (size_t s = 0; s < 4; ++s) {
+    EXPECT_EQ(layer.shape.slots[s].kind, SlotKind::kExpert);
+    EXPECT_EQ(layer.shape.slots[s].expert, expected[s]) << s;
+  }
+  EXPECT_EQ(layer.replaced, (std::vector<int32_t>{1, 3}));
+  EXPECT_EQ(layer.bank.size(), 2u);
+  options.budget = {BudgetKind::kExpertsPerLayer, 1};  // all slots can be chosen, so one expert may serve
+  EXPECT_EQ(find_method("frequency").plan(input).layers[0].bank.size(), 1u);
+}
+
+// A redirected model stores what the masked one does, and routes as the original does.
+TEST(Pruning, RedirectingCostsNoBytes) {
+  const CompressionGround& ground = CompressionGround::golden();
+  const TempDir where;
+  const auto redirect = [](MethodOptions& o) { o.redirect = true; };
+  for (const char* method : {"reap", "aimer", "naee-greedy"}) {
+    const CompressionRecord masked = ground.compress(method, .5, where / "masked");
+    const CompressionRecord record = ground.compress(method, .5, where / "redirected", redirect);
+    EXPECT_EQ(record.stored_bytes, masked.stored_bytes) << method;
+    for (const LayerPlan& layer : record.plan.layers) {
+      for (const Slot& slot : layer.shape.slots) EXPECT_EQ(slot.kind, SlotKind::kExpert) << method;
+    }
+  }
+}
+
+TEST(Pruning, RedirectedDemoLoss) {
+  const CompressionGround& ground = CompressionGround::demo();
+  const TempDir where;
+  for (const char* method : {"reap", "frequency", "man"}) {
+    double losses[2];
+    for (const bool redirect : {false, true}) {
+      ground.compress(method, .25, where / "out", [&](MethodOptions& o) { o.redirect = redirect; });
+      losses[redirect] = ground.loss(where / "out");
+    }
+    fmt::print("             {:<18} demo model, 25 % of the experts removed: masked {:.3f}, redirected {:.3f}\n",
+               method, losses[0], losses[1]);
+    EXPECT_LT(losses[1], 3.5);  // half of a guess's
+  }
+}
+
 // All weights of expert 0 equal: score 1, the most removable; expert 1 has one large weight: 1/sqrt(N), kept.
 TEST(Pruning, AimerReadsWeightsAlone) {
   const TempDir where;

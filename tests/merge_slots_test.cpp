@@ -44,6 +44,11 @@ void check_case(const Choice& c, DType dtype) {
   for (size_t i = 0; i < c.slots.size(); ++i) {
     const size_t k = i % static_cast<size_t>(c.top_k), row = i - k;
     if (k == 0) place_of.clear();
+    if (c.slots[i] == count) {  // not to be evaluated
+      place.push_back(static_cast<double>(k));
+      gradient.push_back(ds[i]);
+      continue;
+    }
     const int32_t lane = c.lane_of_slot[static_cast<size_t>(c.slots[i])];
     const size_t at = place_of.emplace(lane, k).first->second;
     slot[row + at] = lane;
@@ -67,6 +72,15 @@ TEST(MergeSlots, MatchesTheEquation) {
       check_case(Choice(33, 3, 8, 8), dtype);
       check_case(Choice(257, 8, 64, 9), dtype);
     }
+  });
+}
+
+// Every third choice is dropped beforehand.
+TEST(MergeSlots, LeavesDroppedChoicesDropped) {
+  testing::on_each_device<MergeSlots, MergeSlotsBackward>([] {
+    Choice c(33, 8, 64, 9);
+    for (size_t i = 0; i < c.slots.size(); i += 3) c.slots[i] = 64;
+    check_case(c, DType::kF32);
   });
 }
 

@@ -85,6 +85,17 @@ const std::vector<LayerSpec> kSpecs{
      .rank_of_slot = {2, 2, 2, 2},
      .annealed_slots = {1, 2, 3},
      .beta = 0},
+    {.name = "units removed, every width another",
+     .expert_of_slot = {0, 1, 2, 3, 4},
+     .frozen_experts = {2},
+     .width_of_expert = {10, 3, 1, 7, 4}},
+    {.name = "two widths, shared, adapters, zero, removed, constants, latents",
+     .expert_of_slot = {0, 1, 0, 2, 3, 3, -1, -1, -1, 4},
+     .rank_of_slot = {2, 2, 2, 0, 2, 0, 0, 0, 1, 0},
+     .zero_experts = {3},
+     .constant_of_slot = {-1, -1, -1, -1, -1, -1, 0, -1, -1, -1},
+     .projection_of_slot = {-1, -1, -1, -1, -1, -1, -1, -1, 0, -1},
+     .width_of_expert = {6, 10, 6, 10, 6}},
     {.name = "odd sizes",
      .hidden = 33,
      .width = 17,
@@ -232,6 +243,33 @@ TEST(MoeAnnealing, StartsAsTheOriginalLayerAndEndsAsTheSharedOne) {
   layer.annealed.clear();
   EXPECT_TRUE(testing::bits_equal(with_originals_around, forward(layer, in)));
   EXPECT_TRUE(close(almost, testing::to_doubles(forward(layer, in)), 1e-8));
+}
+
+// An expert with zero rows and columns where units were removed computes the same, and takes the bytes the narrow one does not.
+TEST(MoeWidths, EqualTheDensifiedExperts) {
+  const LayerSpec spec{.name = "", .expert_of_slot = {0, 1, 2, 1}, .width_of_expert = {4, 10, 7}};
+  const MoeLayer narrow = make_layer(spec, DType::kF64, DType::kF64, 6);
+  MoeLayer dense = make_layer({.name = "", .expert_of_slot = {0, 1, 2, 1}}, DType::kF64, DType::kF64, 6);
+  const auto copy_rows = [](const Tensor& from, int64_t first, int64_t count, const Tensor& to, int64_t at) {
+    to.slice(at, at + count).copy_from(from.slice(first, first + count));
+  };
+  for (size_t e = 0; e < 3; ++e) {
+    const Tensor &up = dense.experts[e].gate_up->value, &down = dense.experts[e].down->value;
+    const int64_t f = spec.width_of_expert[e];
+    up.fill_zero(), down.fill_zero();
+    copy_rows(narrow.experts[e].gate_up->value, 0, f, up, 0);
+    copy_rows(narrow.experts[e].gate_up->value, f, f, up, 10);
+    for (int64_t i = 0; i < 12; ++i) {
+      for (int64_t j = 0; j < f; ++j) {
+        down.data<double>()[i * 10 + j] = narrow.experts[e].down->value.data<double>()[i * f + j];
+      }
+    }
+  }
+  for (const int64_t tokens : {1, 2, 40}) {
+    const Inputs in = make_inputs(narrow, tokens, {0, 1, 2, 3}, 2, DType::kF64);
+    EXPECT_TRUE(close(forward(narrow, in), testing::to_doubles(forward(dense, in)), 1e-12)) << tokens;
+  }
+  EXPECT_EQ(dense.stored_bytes() - narrow.stored_bytes(), 3 * 12 * (3 * 10 - (4 + 10 + 7)) * 8);
 }
 
 TEST(MoeSlots, RemovedSlotsAreNeverChosen) {

@@ -147,7 +147,8 @@ TEST(Olmoe, StoredTensorsAreTheParameterTable) {
   const std::unique_ptr<Olmoe> stock = random_model(tiny_config(), DType::kF32, 1);
   const std::unique_ptr<Olmoe> compressed = compressed_model(DType::kF32);
   std::vector<LayerShape> shapes;
-  for (const Block& block : compressed->blocks) shapes.push_back(shape_of(block.moe));
+  for (const Block& block : compressed->blocks)
+    shapes.push_back(shape_of(block.moe, compressed->config.intermediate_size));
   const auto expect_same = [](const Olmoe& model, const std::vector<ParameterInfo>& table) {
     std::map<std::string, std::vector<int64_t>> ours, theirs;
     for (const StoredTensor& t : stored_tensors(model)) ours[t.name] = t.shape();

@@ -11,6 +11,7 @@ OlmoeConfig small_config() {
   config.num_layers = 2;
   config.num_experts = 4;
   config.num_experts_per_token = 2;
+  config.intermediate_size = 8;
   return config;
 }
 
@@ -33,6 +34,7 @@ void expect_equal(const LayerShape& a, const LayerShape& b) {
   }
   EXPECT_EQ(a.zero_expert, b.zero_expert);
   EXPECT_EQ(a.adapter_rank, b.adapter_rank);
+  EXPECT_EQ(a.widths, b.widths);
 }
 
 TEST(SlotTable, SurvivesTheRoundTrip) {
@@ -47,6 +49,20 @@ TEST(SlotTable, SurvivesTheRoundTrip) {
     expect_equal(read[1], layers[1]);
     EXPECT_EQ(written["method"]["name"], "lightmoe");
   }
+}
+
+TEST(SlotTable, WidthsSurviveAndAreCounted) {
+  std::vector<LayerShape> layers = two_layers();
+  layers[1].widths = {3, 1, 8};
+  const Json written = slot_tables_to_json(layers, nullptr);
+  EXPECT_FALSE(written["layers"][0].contains("widths"));
+  const std::vector<LayerShape> read = slot_tables_from_json(Json::parse(written.dump()), small_config(), "c");
+  expect_equal(read[0], layers[0]);
+  expect_equal(read[1], layers[1]);
+  EXPECT_EQ(read[0].width_of(2, 8), 8);
+  EXPECT_EQ(read[1].width_of(0, 8), 3);
+  EXPECT_EQ(read[1].width_of_adapter(0, 8), 1);  // of slot 1, whose expert has one unit
+  EXPECT_EQ(read[1].width_of_adapter(2, 8), 8);  // of the zero entry
 }
 
 TEST(SlotTable, RefusesWhatDoesNotFit) {
@@ -76,6 +92,10 @@ TEST(SlotTable, RefusesWhatDoesNotFit) {
           "1 slots are not removed, a token chooses 2");
   refused("/layers/1/slots/adapter", Json::array({1}), "slots.adapter 1 entries, expected 4");
   refused("/layers/1/slots", 7, "is missing");
+  refused("/layers/1/widths", Json::array({1, 2}), "widths has 2 entries, expected 3");
+  refused("/layers/1/widths", Json::array({1, 0, 8}), "widths holds 0, expected 1 to 8");
+  refused("/layers/1/widths", Json::array({1, 9, 8}), "widths holds 9, expected 1 to 8");
+  refused("/layers/1/widths", Json::array({1, 2, 7}), "widths holds 7, expected 8 to 8");
 }
 
 // Layer 0: constants and an expert; layer 1: latents of two projections, and layer 0's expert.

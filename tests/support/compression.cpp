@@ -57,7 +57,8 @@ CompressionGround::CompressionGround(fs::path where, std::vector<Document> seen,
                                  .batch_tokens = 1024,
                                  .sample_tokens = 1024,
                                  .all_outputs = true,
-                                 .sample_inputs = true};
+                                 .sample_inputs = true,
+                                 .unit_gradients = true};
   statistics = calibrate(*load_model(model, DType::kF32), calibration_set(calibration, options),
                          model_fingerprint(Checkpoint(model)), options);
   save_statistics(statistics, directory_ / "statistics.safetensors");
@@ -86,9 +87,9 @@ CompressionRecord CompressionGround::compress(const std::string& method, double 
   return compress_model(job);
 }
 
-double CompressionGround::loss(const Olmoe& m) const {
+double CompressionGround::loss(const Olmoe& m, const RoutingOptions* routing) const {
   const Batch batch = packed(held_out);
-  const Tensor logits = m.logits(m.forward(batch, {}), {});
+  const Tensor logits = m.logits(m.forward(batch, {.routing = routing}), {});
   double sum = 0, count = 0;
   const int64_t vocabulary = logits.dim(1);
   for (int64_t t = 0; t < logits.dim(0); ++t) {
@@ -188,13 +189,12 @@ void expect_recovers(const std::string& method, double ratio, int64_t slack_byte
   for (const ParameterPtr& p : recovery.model().parameters()) trainable += p->trainable ? p->value.numel() : 0;
   EXPECT_EQ(trainable, record.trainable_parameters);
   DataStream data(ground.calibration, {.rows = 1, .length = 40});
-  TrainableOlmoe model(recovery.model());
   TrainerOptions options;
   options.steps = 4;
   options.schedule = {.kind = ScheduleKind::kConstant, .peak_lr = 3e-3, .total_steps = 4};
   options.progress.quiet = true;
   const double before = ground.loss(recovery.model());
-  train(model, data, options, recovery.hooks(DType::kF32));
+  train(recovery.trainable(), data, options, recovery.hooks(DType::kF32));
   EXPECT_LT(ground.loss(recovery.model()), before);
   recovery.finish();
   fs::create_directories(where / "saved");

@@ -28,7 +28,7 @@ class CompressionGround {
   CompressionRecord compress(const std::string& method, double ratio, const std::filesystem::path& output,
                              const std::function<void(MethodOptions&)>& change = {}) const;
   double loss(const std::filesystem::path& directory) const;  // mean cross-entropy on the held-out text
-  double loss(const Olmoe& model) const;
+  double loss(const Olmoe& model, const RoutingOptions* routing = nullptr) const;
   Tensor logits(const std::filesystem::path& directory) const;  // of the first held-out document
 
  private:

@@ -147,6 +147,16 @@ Matrix run_slot(DenseSlot* slot, Sizes n, const double* x, double gate, const do
   return out;
 }
 
+// Units of what a slot computes.
+int64_t width_of(const MoeLayer& layer, const Slot& slot) {
+  if (slot.kind == SlotKind::kLatent) return layer.latents[static_cast<size_t>(slot.latent)].down->value.dim(1);
+  if (slot.kind != SlotKind::kExpert) return 0;
+  const Expert& expert = layer.experts[static_cast<size_t>(slot.expert)];
+  if (expert.down != nullptr) return expert.down->value.dim(1);
+  if (slot.adapter >= 0) return layer.adapters[static_cast<size_t>(slot.adapter)].b_gate->value.dim(0);
+  return layer.annealed.empty() ? 0 : layer.annealed.front().original.down->value.dim(1);
+}
+
 }  // namespace
 
 MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uint64_t seed) {
@@ -156,6 +166,9 @@ MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uin
   };
   MoeLayer layer;
   layer.router = random_parameter("router", {slots, d}, dtype, seed++);
+  const auto width_of = [&spec](int32_t e) {
+    return spec.width_of_expert.empty() ? spec.width : spec.width_of_expert[static_cast<size_t>(e)];
+  };
   const auto named = [](const std::vector<int32_t>& list, size_t s) { return list.empty() ? -1 : list[s]; };
   const int32_t bank = *std::max_element(spec.expert_of_slot.begin(), spec.expert_of_slot.end()) + 1;
   for (int32_t e = 0; e < bank; ++e) {
@@ -165,8 +178,8 @@ MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uin
     }
     const bool frozen = contains(spec.frozen_experts, e);
     const DType own = frozen ? dtype : trained_dtype;
-    layer.experts.push_back({random_parameter(fmt::format("expert {} gate_up", e), {2 * f, d}, own, seed),
-                             random_parameter(fmt::format("expert {} down", e), {d, f}, own, seed + 1)});
+    layer.experts.push_back({random_parameter(fmt::format("expert {} gate_up", e), {2 * width_of(e), d}, own, seed),
+                             random_parameter(fmt::format("expert {} down", e), {d, width_of(e)}, own, seed + 1)});
     seed += 2;
     layer.experts.back().gate_up->trainable = layer.experts.back().down->trainable = !frozen;
   }
@@ -190,8 +203,9 @@ MoeLayer make_layer(const LayerSpec& spec, DType dtype, DType trained_dtype, uin
       const auto part = [&](const char* name, const Shape& shape) {
         return random_parameter(fmt::format("adapter {} {}", slot.adapter, name), shape, trained_dtype, seed++);
       };
-      layer.adapters.push_back({part("a_gate_up", {2 * r, d}), part("b_gate", {f, r}), part("b_up", {f, r}),
-                                part("a_down", {r, f}), part("b_down", {d, r})});
+      const int64_t w = slot.kind == SlotKind::kExpert ? width_of(slot.expert) : f;
+      layer.adapters.push_back({part("a_gate_up", {2 * r, d}), part("b_gate", {w, r}), part("b_up", {w, r}),
+                                part("a_down", {r, w}), part("b_down", {d, r})});
     }
     layer.slots.push_back(slot);
   }
@@ -220,22 +234,21 @@ DenseMoe::DenseMoe(const MoeLayer& layer, const Tensor& x_rows, const Tensor& sl
                    const Tensor& dy_rows) {
   const Matrix x = to_doubles(x_rows), gates = to_doubles(gate_values), dys = to_doubles(dy_rows);
   const int64_t tokens = x_rows.dim(0), top_k = slots.dim(1);
-  int64_t width = 0;
-  for (const Expert& e : layer.experts) width = e.down != nullptr ? e.down->value.dim(1) : width;
-  for (const Adapter& a : layer.adapters) width = a.b_gate->value.dim(0);
-  for (const Latent& latent : layer.latents) width = latent.down->value.dim(1);
   const Matrix constants = layer.constants != nullptr ? to_doubles(layer.constants->value) : Matrix{};
-  const Sizes n{x_rows.dim(1), width};
+  std::vector<Sizes> sizes;
   std::vector<DenseSlot> dense(layer.slots.size());
   for (size_t s = 0; s < dense.size(); ++s) {
     const SlotKind kind = layer.slots[s].kind;
-    if (kind == SlotKind::kExpert || kind == SlotKind::kLatent) dense[s] = densify(layer, s, n);
+    sizes.push_back({x_rows.dim(1), width_of(layer, layer.slots[s])});
+    if (kind == SlotKind::kExpert || kind == SlotKind::kLatent) dense[s] = densify(layer, s, sizes[s]);
   }
   y.assign(x.size(), 0), dx.assign(x.size(), 0), dgates.assign(gates.size(), 0);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t k = 0; k < top_k; ++k) {
       const auto pair = static_cast<size_t>(t * top_k + k);
-      const Slot& entry = layer.slots[static_cast<size_t>(slots.data<int32_t>()[pair])];
+      const auto index = static_cast<size_t>(slots.data<int32_t>()[pair]);
+      const Slot& entry = layer.slots[index];
+      const Sizes n = sizes[index];
       if (entry.kind == SlotKind::kConstant) {
         Matrix dc(constants.size(), 0);
         for (int64_t i = 0; i < n.d; ++i) {
@@ -247,7 +260,7 @@ DenseMoe::DenseMoe(const MoeLayer& layer, const Tensor& x_rows, const Tensor& sl
         if (layer.constants->trainable) add(&gradients[layer.constants.get()], dc);
         continue;
       }
-      DenseSlot* slot = &dense[static_cast<size_t>(slots.data<int32_t>()[pair])];
+      DenseSlot* slot = &dense[index];
       const Matrix out = run_slot(slot, n, &x[static_cast<size_t>(t * n.d)], gates[pair],
                                   &dys[static_cast<size_t>(t * n.d)], &dx[static_cast<size_t>(t * n.d)], &dgates[pair]);
       for (int64_t i = 0; i < n.d; ++i)
@@ -261,6 +274,7 @@ DenseMoe::DenseMoe(const MoeLayer& layer, const Tensor& x_rows, const Tensor& sl
     const bool is_latent = layer.slots[s].kind == SlotKind::kLatent;
     if (layer.slots[s].kind != SlotKind::kExpert && !is_latent) continue;
     const Expert* original = nullptr;
+    const Sizes n = sizes[s];
     const double share = 1 - original_share(layer, s, &original);
     if (is_latent) {
       const Latent& latent = layer.latents[static_cast<size_t>(layer.slots[s].latent)];

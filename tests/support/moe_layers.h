@@ -22,6 +22,7 @@ struct LayerSpec {
   std::vector<int32_t> constant_of_slot;    // row of the constants, -1 = not a constant; empty = none at all
   std::vector<int32_t> projection_of_slot;  // of a latent of the slot's own, -1 = not a latent; empty = none at all
   int64_t latent_size = 3;
+  std::vector<int64_t> width_of_expert;  // of bank entries; empty = all F
 };
 
 inline void PrintTo(const LayerSpec& spec, std::ostream* out) { *out << spec.name; }

@@ -1,0 +1,36 @@
+#pragma once
+// Flags about which of a token's experts run (model/routing.h), for verbs over one model.
+
+#include <CLI/CLI.hpp>
+#include <filesystem>
+#include <string>
+
+#include "model/olmoe.h"
+
+namespace lightmoe::cli {
+
+struct RoutingFlags {
+  int64_t experts_per_token = 0;  // 0 = the model's
+  std::string skip_statistics;    // "" = nothing is skipped
+  double skip_quantile = 0.5;
+  bool skip_by_likeness = false;
+};
+void add_routing_flags(CLI::App& app, RoutingFlags& flags);
+
+// The options, counting into itself.
+class RunRouting {
+ public:
+  // Error(kInput) when the statistics are not of the model in `directory`, or of the one it was compressed from.
+  RunRouting(const RoutingFlags& flags, const std::filesystem::path& directory, const Olmoe& model);
+  RunRouting(const RunRouting&) = delete;
+  RunRouting& operator=(const RunRouting&) = delete;
+  const RoutingOptions* options() const { return any_ ? &options_ : nullptr; }
+  std::string summary() const;  // "of 1600 choices 400 were skipped (25.0 %)", "" without options
+
+ private:
+  bool any_ = false;
+  RoutingOptions options_;
+  mutable RoutingCounts counts_;
+};
+
+}  // namespace lightmoe::cli

@@ -1,0 +1,196 @@
+#include "compress/diep_training.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <numeric>
+
+#include "model/block.h"
+#include "runtime/philox.h"
+
+namespace lightmoe {
+namespace {
+
+using Matrix = std::vector<std::vector<double>>;
+
+// Parameters of a model as they were when this began: while it lives nothing of the model trains.
+class FrozenModel {
+ public:
+  explicit FrozenModel(const Olmoe& model) : parameters_(model.parameters()) {
+    for (const ParameterPtr& p : parameters_) before_.push_back(p->trainable), p->trainable = false;
+  }
+  ~FrozenModel() {
+    for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i]->trainable = before_[i];
+  }
+  FrozenModel(const FrozenModel&) = delete;
+  FrozenModel& operator=(const FrozenModel&) = delete;
+
+ private:
+  std::vector<ParameterPtr> parameters_;
+  std::vector<bool> before_;
+};
+
+std::vector<double> softmax(const std::vector<double>& logits) {
+  const double top = *std::max_element(logits.begin(), logits.end());
+  std::vector<double> p;
+  double sum = 0;
+  for (const double z : logits) p.push_back(std::exp(z - top)), sum += p.back();
+  for (double& v : p) v /= sum;
+  return p;
+}
+
+ParameterPtr slot_weights(const std::vector<double>& alpha, double beta) {
+  auto p = std::make_shared<Parameter>();
+  p->name = "slot_weights";
+  p->value = Tensor::empty({std::ssize(alpha)}, DType::kF32);
+  const std::vector<double> shares = softmax(alpha);
+  for (size_t e = 0; e < alpha.size(); ++e) {
+    p->value.data<float>()[e] = static_cast<float>(beta * static_cast<double>(alpha.size()) * shares[e]);
+  }
+  p->zero_grad();
+  p->ensure_grad();
+  return p;
+}
+
+Var run_blocks(Tape& tape, const Olmoe& model, const Batch& batch, const std::vector<ParameterPtr>* weights) {
+  BlockContext context{.config = model.config,
+                       .positions = batch.positions,
+                       .sequences = batch.sequences,
+                       .new_counts = {},
+                       .slot_weights = weights};
+  Var x = embedding(tape, batch.ids, model.embedding);
+  for (size_t l = 0; l < model.blocks.size(); ++l) {
+    context.layer = static_cast<int>(l);
+    x = attention_half(tape, x, model.blocks[l], context);
+    x = moe_half(tape, x, model.blocks[l], context, Recompute::kNone).out;
+  }
+  return rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
+}
+
+// lambda || h - original ||_F; the gradient at distance 0 is taken as 0.
+double add_distance(Tape& tape, const Var& h, const Tensor& original, double lambda) {
+  double squares = 0;
+  const float *a = h.value.data<float>(), *b = original.data<float>();
+  for (int64_t i = 0; i < original.numel(); ++i) {
+    const double difference = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    squares += difference * difference;
+  }
+  const double distance = std::sqrt(squares);
+  if (distance == 0 || !h.needs_grad()) return lambda * distance;
+  tape.record([slot = h.grad, value = h.value, original, factor = lambda / distance] {
+    const Tensor d = Tensor::empty(value.shape(), DType::kF32);
+    for (int64_t i = 0; i < value.numel(); ++i) {
+      d.data<float>()[i] =
+          static_cast<float>(factor * (static_cast<double>(value.data<float>()[i]) - original.data<float>()[i]));
+    }
+    slot->add(d);
+  });
+  return lambda * distance;
+}
+
+// d loss / d alpha and beta from d loss / d (beta E softmax(alpha)).
+void through_softmax(const Tensor& dw, const std::vector<double>& alpha, double beta, std::vector<double>& dalpha,
+                     double& dbeta) {
+  const std::vector<double> shares = softmax(alpha);
+  const auto count = static_cast<double>(alpha.size());
+  double mean = 0;
+  for (size_t e = 0; e < alpha.size(); ++e) mean += shares[e] * static_cast<double>(dw.data<float>()[e]);
+  dbeta = count * mean;
+  for (size_t e = 0; e < alpha.size(); ++e) {
+    dalpha.push_back(beta * count * shares[e] * (static_cast<double>(dw.data<float>()[e]) - mean));
+  }
+}
+
+// The sequences of the token sample that have a next token.
+std::vector<std::vector<int32_t>> sample_sequences(const Statistics& s) {
+  std::vector<std::vector<int32_t>> sequences;
+  for (size_t i = 0; i < s.sample_ids.size(); ++i) {
+    if (i == 0 || s.sample_sequence[i] != s.sample_sequence[i - 1]) sequences.emplace_back();
+    sequences.back().push_back(s.sample_ids[i]);
+  }
+  std::erase_if(sequences, [](const auto& ids) { return ids.size() < 2; });
+  check(!sequences.empty(), ErrorKind::kInput,
+        "the calibration's token sample has no sequence of two tokens; calibrate with longer samples");
+  return sequences;
+}
+
+Batch batch_of(const std::vector<std::vector<int32_t>>& sequences, const std::vector<size_t>& order, size_t first,
+               size_t count) {
+  std::vector<int32_t> ids, labels, positions, begins;
+  for (size_t i = first; i < std::min(first + count, order.size()); ++i) {
+    const std::vector<int32_t>& sequence = sequences[order[i]];
+    begins.push_back(static_cast<int32_t>(ids.size()));
+    ids.insert(ids.end(), sequence.begin(), sequence.end());
+    labels.insert(labels.end(), sequence.begin() + 1, sequence.end());
+    labels.push_back(-100);
+    for (size_t t = 0; t < sequence.size(); ++t) positions.push_back(static_cast<int32_t>(t));
+  }
+  begins.push_back(static_cast<int32_t>(ids.size()));
+  return make_packed_batch(ids, labels, positions, begins);
+}
+
+}  // namespace
+
+ImportanceGradient importance_gradient(const Olmoe& model, const Batch& batch, double lambda, const Matrix& alpha,
+                                       const std::vector<double>& beta) {
+  const FrozenModel frozen(model);
+  std::vector<ParameterPtr> weights;
+  for (size_t l = 0; l < alpha.size(); ++l) weights.push_back(slot_weights(alpha[l], beta[l]));
+  Tensor original;
+  {
+    Tape quiet(false);
+    original = run_blocks(quiet, model, batch, nullptr).value;
+  }
+  const int32_t* labels = batch.labels.data<int32_t>();
+  const auto counted = std::count_if(labels, labels + batch.labels.numel(), [](int32_t label) { return label >= 0; });
+  const double scale = 1 / static_cast<double>(counted);
+  ImportanceGradient result;
+  Tape tape;
+  {
+    const Var h = run_blocks(tape, model, batch, &weights);
+    result.loss = scale * lm_head_loss(tape, h, model.lm_head, batch.labels, scale, GemmCompute::kF32).value();
+    result.loss += add_distance(tape, h, original, lambda);
+  }
+  tape.backward();
+  result.beta.resize(beta.size());
+  for (size_t l = 0; l < alpha.size(); ++l) {
+    through_softmax(weights[l]->grad, alpha[l], beta[l], result.alpha.emplace_back(), result.beta[l]);
+  }
+  return result;
+}
+
+ExpertImportance learn_importance(const Olmoe& model, const Statistics& sample, const DiepOptions& options) {
+  const std::vector<std::vector<int32_t>> sequences = sample_sequences(sample);
+  const auto layers = static_cast<size_t>(model.config.num_layers),
+             slots = static_cast<size_t>(model.config.num_experts);
+  const auto batch = static_cast<size_t>(options.batch);
+  const size_t per_epoch = (sequences.size() + batch - 1) / batch;
+  const auto steps = static_cast<int64_t>(per_epoch) * options.epochs;
+  Matrix logits(layers, std::vector<double>(slots, 0.0));
+  std::vector<double> scales(layers, 1.0);
+  std::vector<size_t> order(sequences.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  Philox random(options.seed, 0xd1e9);
+  ExpertImportance result;
+  for (int64_t step = 0; step < steps; ++step) {
+    const size_t at = static_cast<size_t>(step) % per_epoch;
+    for (size_t i = order.size(); at == 0 && i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
+    const ImportanceGradient g =
+        importance_gradient(model, batch_of(sequences, order, at * batch, batch), options.lambda, logits, scales);
+    check(std::isfinite(g.loss), ErrorKind::kNumeric, "diep: the loss of step {} is {}", step + 1, g.loss);
+    if (step == 0) result.first_loss = g.loss;
+    result.last_loss = g.loss;
+    const double progress = static_cast<double>(step) / static_cast<double>(steps);
+    const double lr = .5 * options.lr * (1 + std::cos(std::numbers::pi * progress));
+    const bool of_alpha = step % (options.alpha_steps + 1) < options.alpha_steps;
+    for (size_t l = 0; l < layers; ++l) {
+      for (size_t e = 0; of_alpha && e < slots; ++e) logits[l][e] -= lr * g.alpha[l][e];
+      if (!of_alpha) scales[l] -= lr * g.beta[l];
+    }
+  }
+  for (const std::vector<double>& layer : logits) result.alpha.push_back(softmax(layer));
+  result.beta = scales;
+  return result;
+}
+
+}  // namespace lightmoe

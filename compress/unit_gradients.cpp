@@ -1,0 +1,97 @@
+#include "compress/unit_gradients.h"
+
+#include <cmath>
+#include <numeric>
+#include <unordered_set>
+
+#include "runtime/parallel.h"
+
+namespace lightmoe {
+namespace {
+
+// Only experts train while this lives.
+class ExpertsAlone {
+ public:
+  explicit ExpertsAlone(const Olmoe& model) : parameters_(model.parameters()) {
+    std::unordered_set<const Parameter*> experts;
+    for (const Block& block : model.blocks) {
+      for (const Expert& expert : block.moe.experts) experts.insert({expert.gate_up.get(), expert.down.get()});
+    }
+    for (const ParameterPtr& p : parameters_) {
+      before_.push_back(p->trainable);
+      p->trainable = experts.contains(p.get());
+    }
+  }
+  ~ExpertsAlone() {
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      parameters_[i]->trainable = before_[i];
+      parameters_[i]->grad.reset();
+    }
+  }
+  ExpertsAlone(const ExpertsAlone&) = delete;
+  ExpertsAlone& operator=(const ExpertsAlone&) = delete;
+  void zero_grad() const {
+    for (const ParameterPtr& p : parameters_) p->zero_grad();
+  }
+
+ private:
+  std::vector<ParameterPtr> parameters_;
+  std::vector<bool> before_;
+};
+
+Batch next_token_batch(const std::vector<int32_t>& ids) {
+  const auto count = static_cast<int32_t>(ids.size());
+  std::vector<int32_t> labels(ids.begin() + 1, ids.end()), positions(ids.size());
+  labels.push_back(-100);
+  std::iota(positions.begin(), positions.end(), 0);
+  return make_packed_batch(ids, labels, positions, {0, count});
+}
+
+double square(float v) { return static_cast<double>(v) * static_cast<double>(v); }
+
+// One expert's squared gradients into score [F].
+void add_squares(const Expert& expert, double* score) {
+  const Tensor &gate_up = expert.gate_up->grad, &down = expert.down->grad;
+  const int64_t d = gate_up.dim(1), f = down.dim(1);
+  const float *rows = gate_up.data<float>(), *columns = down.data<float>();
+  const double scale = 1 / static_cast<double>(d);
+  for (int64_t j = 0; j < f; ++j) {
+    double sum = 0;
+    for (int64_t k = 0; k < d; ++k) sum += square(rows[j * d + k]) + square(rows[(f + j) * d + k]);
+    score[j] += scale * sum;
+  }
+  for (int64_t k = 0; k < d; ++k) {
+    for (int64_t j = 0; j < f; ++j) score[j] += scale * square(columns[k * f + j]);
+  }
+}
+
+}  // namespace
+
+void add_unit_gradients(const Olmoe& model, const std::vector<std::vector<int32_t>>& sequences, GemmCompute compute,
+                        Statistics& statistics) {
+  const auto units = static_cast<size_t>(model.config.num_experts * model.config.intermediate_size);
+  for (LayerStatistics& layer : statistics.layers) layer.unit_gradient2.resize(units, 0.0);
+  const ExpertsAlone experts_alone(model);
+  Olmoe trained = model;  // the same parameters
+  for (const std::vector<int32_t>& ids : sequences) {
+    if (ids.size() < 2) continue;
+    experts_alone.zero_grad();
+    trained.forward_backward(next_token_batch(ids),
+                             {.compute = compute, .loss_scale = 1 / static_cast<double>(ids.size() - 1)});
+    for (size_t l = 0; l < model.blocks.size(); ++l) {
+      const std::vector<Expert>& experts = model.blocks[l].moe.experts;
+      double* scores = statistics.layers[l].unit_gradient2.data();
+      parallel_items(static_cast<int64_t>(experts.size()), [&](int64_t e) {
+        add_squares(experts[static_cast<size_t>(e)], scores + e * model.config.intermediate_size);
+      });
+    }
+  }
+  for (size_t l = 0; l < statistics.layers.size(); ++l) {
+    for (const double score : statistics.layers[l].unit_gradient2) {
+      check(std::isfinite(score), ErrorKind::kNumeric,
+            "layer {}: gradients of the experts are not finite; calibration stops", l);
+    }
+  }
+}
+
+}  // namespace lightmoe

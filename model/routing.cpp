@@ -1,0 +1,67 @@
+#include "model/routing.h"
+
+#include "runtime/dispatch.h"
+
+namespace lightmoe {
+namespace {
+
+struct Rule {
+  double threshold = 0;
+  const double* factor = nullptr;  // [E*E]
+  int64_t num_slots = 0;
+  bool skips(int32_t first, int32_t slot, double largest, double gate) const {
+    const double scale = factor == nullptr ? 1 : factor[first * num_slots + slot];
+    return gate < threshold * scale * largest;
+  }
+};
+
+template <class T>
+int64_t skip(const Rule& rule, bool renormalize, const Tensor& slots, const Tensor& gates) {
+  const int64_t tokens = slots.dim(0), top_k = slots.dim(1);
+  int64_t skipped = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    int32_t* slot = slots.data<int32_t>() + t * top_k;
+    T* gate = gates.data<T>() + t * top_k;
+    const auto largest = static_cast<double>(gate[0]);
+    double left = largest;
+    for (int64_t k = 1; k < top_k; ++k) {
+      if (rule.skips(slot[0], slot[k], largest, static_cast<double>(gate[k]))) {
+        slot[k] = static_cast<int32_t>(rule.num_slots);
+        gate[k] = 0;
+        ++skipped;
+      }
+      left += static_cast<double>(gate[k]);
+    }
+    for (int64_t k = 0; renormalize && k < top_k; ++k) gate[k] = static_cast<T>(static_cast<double>(gate[k]) / left);
+  }
+  return skipped;
+}
+
+}  // namespace
+
+int64_t experts_per_token(const RoutingOptions* options, int64_t model_top_k) {
+  if (options == nullptr || options->top_k == 0) return model_top_k;
+  check(options->top_k >= 1 && options->top_k <= model_top_k, ErrorKind::kUsage,
+        "{} experts per token: expected 1 to {} (num_experts_per_tok)", options->top_k, model_top_k);
+  return options->top_k;
+}
+
+RoutedTokens apply_skipping(const RoutingOptions& options, int layer, int64_t num_slots, bool renormalize,
+                            const RoutedTokens& routed) {
+  if (options.counts != nullptr) options.counts->chosen += routed.slots.numel();
+  if (options.skip_threshold.empty()) return routed;
+  check(is_host_memory(routed.slots.device()), ErrorKind::kDevice, "skipping experts runs on the CPU only, not on {}",
+        name_of(routed.slots.device()));
+  const auto l = static_cast<size_t>(layer);
+  require(l < options.skip_threshold.size(), "skipping: {} thresholds, layer {}", options.skip_threshold.size(), layer);
+  const Rule rule{.threshold = options.skip_threshold[l],
+                  .factor = options.skip_factor.empty() ? nullptr : options.skip_factor[l].data(),
+                  .num_slots = num_slots};
+  const RoutedTokens left{routed.slots.clone(), routed.gates.clone()};
+  const int64_t skipped = left.gates.dtype() == DType::kF64 ? skip<double>(rule, renormalize, left.slots, left.gates)
+                                                            : skip<float>(rule, renormalize, left.slots, left.gates);
+  if (options.counts != nullptr) options.counts->skipped += skipped;
+  return left;
+}
+
+}  // namespace lightmoe
