@@ -3,6 +3,8 @@
 #include <memory>
 
 #include "cli/verb.h"
+#include "compress/diversity.h"
+#include "compress/weights.h"
 #include "loaders/json.h"
 #include "loaders/safetensors_header.h"
 #include "model/summary.h"
@@ -12,7 +14,9 @@ namespace {
 
 struct Options {
   std::string model;
-  bool tensors = false, json = false;
+  bool tensors = false, json = false, diversity = false;
+  std::string statistics;
+  int64_t sample = 256;
 };
 
 constexpr double kGiB = 1 << 30;
@@ -120,10 +124,45 @@ Json to_json(const ModelSummary& s, const std::string& model, bool tensors) {
   return out;
 }
 
+std::vector<LayerDiversity> diversity_of(const Options& o) {
+  if (o.statistics.empty()) return expert_diversity(o.model, nullptr, o.sample);
+  const Statistics statistics = load_statistics(o.statistics);
+  const OlmoeConfig c = read_config(o.model);
+  check(statistics.num_layers == c.num_layers && statistics.hidden == c.hidden_size, ErrorKind::kInput,
+        "{}: of {} layers of width {}, the model has {} of {}", o.statistics, statistics.num_layers, statistics.hidden,
+        c.num_layers, c.hidden_size);
+  return expert_diversity(o.model, &statistics, o.sample);
+}
+
+void print(const std::vector<LayerDiversity>& layers, bool outputs) {
+  fmt::print("cosine of pairs of stored experts\n  {:<7}{:>9}{:>10}{:>10}{:>10}", "layer", "experts", "weights", "|w|",
+             "largest");
+  fmt::print("{}", outputs ? fmt::format("{:>10}{:>10}{:>10}\n", "outputs", "|o|", "largest") : "\n");
+  for (const LayerDiversity& l : layers) {
+    fmt::print("  {:<7}{:>9}{:>10.4f}{:>10.4f}{:>10.4f}", l.layer, l.experts, l.weights.mean, l.weights.mean_abs,
+               l.weights.largest);
+    if (outputs) fmt::print("{:>10.4f}{:>10.4f}{:>10.4f}", l.outputs.mean, l.outputs.mean_abs, l.outputs.largest);
+    fmt::print("\n");
+  }
+}
+
+Json to_json(const CosineSummary& s) { return {{"mean", s.mean}, {"mean_abs", s.mean_abs}, {"largest", s.largest}}; }
+
+Json to_json(const std::vector<LayerDiversity>& layers, bool outputs) {
+  Json all = Json::array();
+  for (const LayerDiversity& l : layers) {
+    Json& one = all.emplace_back(Json{{"layer", l.layer}, {"experts", l.experts}, {"weights", to_json(l.weights)}});
+    if (outputs) one["outputs"] = to_json(l.outputs);
+  }
+  return all;
+}
+
 void inspect(const Options& options) {
+  check(options.diversity || options.statistics.empty(), ErrorKind::kUsage, "--statistics serves --diversity");
   const ModelSummary s = summarize_model(options.model);
   if (options.json) {
-    const Json out = to_json(s, options.model, options.tensors);
+    Json out = to_json(s, options.model, options.tensors);
+    if (options.diversity) out["diversity"] = to_json(diversity_of(options), !options.statistics.empty());
     fmt::print("{}\n", out.dump(2, ' ', false, Json::error_handler_t::replace));
     return;
   }
@@ -143,18 +182,23 @@ void inspect(const Options& options) {
     fmt::print("file {}: {} tensors, {} bytes\n", file.name, file.count.tensors, file.count.bytes);
   fmt::print("tokenizer.json {}, completeness marker {}\n", s.has_tokenizer ? "yes" : "no",
              s.has_marker ? "yes" : "no");
+  if (options.diversity) print(diversity_of(options), !options.statistics.empty());
   if (options.tensors) print_tensors(options.model);
 }
 
-const RegisterVerb verb{{"inspect", "Models",
-                         "Show what a model directory holds: shape, parameters and bytes by kind, slot table",
-                         "lightmoe inspect demo/base --tensors", [](CLI::App& app) -> VerbAction {
-                           auto options = std::make_shared<Options>();
-                           app.add_option("model", options->model, "model directory")->required();
-                           app.add_flag("--tensors", options->tensors, "list every tensor");
-                           app.add_flag("--json", options->json, "as one JSON object");
-                           return [options] { inspect(*options); };
-                         }}};
+const RegisterVerb verb{
+    {"inspect", "Models", "Show what a model directory holds: shape, parameters and bytes by kind, slot table",
+     "lightmoe inspect demo/base --tensors", [](CLI::App& app) -> VerbAction {
+       auto options = std::make_shared<Options>();
+       app.add_option("model", options->model, "model directory")->required();
+       app.add_flag("--tensors", options->tensors, "list every tensor");
+       app.add_flag("--diversity", options->diversity,
+                    "cosines of the experts' weights; with --statistics of their outputs too");
+       app.add_option("--statistics", options->statistics, "calibrate --sample-inputs");
+       app.add_option("--sample", options->sample, "tokens of it that --diversity looks at")->capture_default_str();
+       app.add_flag("--json", options->json, "as one JSON object");
+       return [options] { inspect(*options); };
+     }}};
 
 }  // namespace
 }  // namespace lightmoe::cli

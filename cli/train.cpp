@@ -8,6 +8,7 @@
 #include "cli/load.h"
 #include "cli/training_flags.h"
 #include "cli/verb.h"
+#include "compress/orthogonal.h"
 #include "compress/record.h"
 #include "loaders/json.h"
 #include "loaders/output.h"
@@ -28,6 +29,7 @@ struct Options {
   ModelOptions model{.dtype = "f32"};
   TrainingFlags training;
   std::vector<std::string> train_only, freeze;
+  int64_t orthogonal_every = 0;
 };
 
 void write_model(const Olmoe& model, const Options& o, const fs::path& directory) {
@@ -51,6 +53,8 @@ void run_train(Options& o) {
   TrainingFlags& f = o.training;
   f.compute = o.model.compute;
   TrainerOptions t = trainer_options(f, config, config.router_aux_loss_coef);
+  check(o.orthogonal_every >= 0, ErrorKind::kUsage, "--orthogonal-every {}: expected 0 (none) or more",
+        o.orthogonal_every);
   std::unique_ptr<Tokenizer> tokenizer;
   if (fs::exists(fs::path(o.model.path) / "tokenizer.json")) {
     tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(o.model.path));
@@ -81,8 +85,14 @@ void run_train(Options& o) {
     if (t.eval_every == 0) t.eval_every = t.steps;
   }
   if (!f.no_checkpoint_model) hooks.save_model = [&](const fs::path& directory) { write_model(model, o, directory); };
-  TrainableOlmoe trainable(model);
-  const TrainResult result = train(trainable, data, t, hooks);
+  std::unique_ptr<TrainableOlmoe> trainable = std::make_unique<TrainableOlmoe>(model);
+  if (o.orthogonal_every != 0) {
+    auto orthogonal = std::make_unique<OrthogonalOlmoe>(model, o.orthogonal_every);
+    hooks.before_step = [projecting = orthogonal.get()](int64_t step) { projecting->before_step(step); };
+    t.fingerprint["orthogonal"] = std::to_string(o.orthogonal_every);
+    trainable = std::move(orthogonal);
+  }
+  const TrainResult result = train(*trainable, data, t, hooks);
   if (result.stopped_by_signal != 0) {
     set_exit_code(exit_code_of(result, f.requeue));
     return;
@@ -106,6 +116,10 @@ const RegisterVerb verb{
            ->group(group);
        app.add_option("--freeze", options->freeze, "do not train parameters with such names ('*.mlp.gate.weight')")
            ->group(group);
+       app.add_option("--orthogonal-every", options->orthogonal_every,
+                      "steps between those whose expert gradients are orthogonal to the other experts (OMoE; 0 = none)")
+           ->group(group)
+           ->capture_default_str();
        return [options] { run_train(*options); };
      }}};
 

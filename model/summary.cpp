@@ -8,17 +8,14 @@
 #include "runtime/error.h"
 
 namespace lightmoe {
-namespace {
-
-// Of the experts and adapters of all layers, what one token meets when its K slots share as little as they can.
-int64_t most_active_experts(const ModelSummary& s) {
-  const int64_t d = s.config.hidden_size, f = s.config.intermediate_size, k = s.config.num_experts_per_token;
+int64_t most_active_experts(const OlmoeConfig& config, const std::vector<LayerSummary>& layers) {
+  const int64_t d = config.hidden_size, f = config.intermediate_size, k = config.num_experts_per_token;
   int64_t active = 0;
-  for (int64_t l = 0; l < s.config.num_layers; ++l) {
-    int64_t experts = s.config.num_experts, adapters = 0, rank = 0, latents = 0, m = 0, projections = 0;
+  for (int64_t l = 0; l < config.num_layers; ++l) {
+    int64_t experts = config.num_experts, adapters = 0, rank = 0, latents = 0, m = 0, projections = 0;
     int64_t units = std::min(k, experts) * f;
-    if (!s.layers.empty()) {
-      const LayerSummary& layer = s.layers[static_cast<size_t>(l)];
+    if (!layers.empty()) {
+      const LayerSummary& layer = layers[static_cast<size_t>(l)];
       experts = layer.own + layer.shared, adapters = layer.adapters, rank = layer.largest_rank;
       latents = layer.latent_slots, m = layer.latent_size, projections = layer.projections;
       const auto widest = std::min<std::ptrdiff_t>(k, std::ssize(layer.widths));
@@ -30,8 +27,6 @@ int64_t most_active_experts(const ModelSummary& s) {
   }
   return active;
 }
-
-}  // namespace
 
 const char* layout_name(const OlmoeConfig& config, const Checkpoint& files) {
   if (!config.lightmoe_json.empty()) return "compressed";
@@ -122,7 +117,7 @@ ModelSummary summarize_model(const std::filesystem::path& directory) {
   const auto parameters = [&](ParameterKind kind) { return out.kinds[static_cast<size_t>(kind)].parameters; };
   out.active_parameters = out.total.parameters - out.other.parameters - parameters(ParameterKind::kExpert) -
                           parameters(ParameterKind::kAdapter) - parameters(ParameterKind::kConstant) -
-                          parameters(ParameterKind::kLatent) + most_active_experts(out);
+                          parameters(ParameterKind::kLatent) + most_active_experts(out.config, out.layers);
   out.has_tokenizer = std::filesystem::exists(directory / "tokenizer.json");
   out.has_marker = std::filesystem::exists(directory / ".complete");
   return out;

@@ -53,5 +53,8 @@ struct ModelSummary {
 };
 ModelSummary summarize_model(const std::filesystem::path& directory);
 LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width);
+// Parameters of the experts and adapters of all layers that one token meets when its K slots share as little as they can; no layers:
+// the stock shape.
+int64_t most_active_experts(const OlmoeConfig& config, const std::vector<LayerSummary>& layers);
 
 }  // namespace lightmoe
