@@ -39,7 +39,7 @@ Footprint plan_footprint(const OlmoeConfig& config, const std::vector<LayerShape
                          const FootprintRequest& request) {
   std::vector<LayerShape> shapes = layers;
   std::vector<LayerSummary> summaries;
-  for (const LayerShape& shape : layers) summaries.push_back(summarize_layer(shape));
+  for (const LayerShape& shape : layers) summaries.push_back(summarize_layer(shape, config.intermediate_size));
   if (shapes.empty()) shapes.assign(static_cast<size_t>(config.num_layers), plain_layer_shape(config.num_experts));
   const std::unique_ptr<Olmoe> model = declare_model(config, shapes);
   const ModelSize size = model_size(config);

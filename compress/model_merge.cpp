@@ -47,7 +47,7 @@ MatrixPlace rows_of(const Input& input, const TensorInfo& like) {
 
 std::vector<double> values_of(const MatrixPlace& place, bool allow_nonfinite) {
   const Tensor t = place.read(DType::kF64);
-  FiniteCheck scan(place.info->name, allow_nonfinite);
+  FiniteCheck scan(place, allow_nonfinite);
   scan.scan(t.raw(), DType::kF64, t.numel());
   scan.finish();
   return {t.data<double>(), t.data<double>() + t.numel()};
