@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "kernels/access.h"
 #include "kernels/adamw.h"
 
 namespace lightmoe {
@@ -39,7 +40,7 @@ void Optimizer::step(double lr, double norm) {
     if (!p->trainable) continue;
     const ParameterRule rule = options_.rule ? options_.rule(*p) : ParameterRule{};
     const Moments& moments = this->moments(*p);
-    op.tensors.push_back({.w = p->value,
+    op.tensors.push_back({.w = moments.master.defined() ? moments.master : p->value,
                           .grad = p->ensure_grad(),
                           .m = moments.m,
                           .v = moments.v,
@@ -47,6 +48,9 @@ void Optimizer::step(double lr, double norm) {
                           .weight_decay = options_.weight_decay * rule.decay_scale});
   }
   run(op);
+  for (const ParameterPtr& p : parameters_) {
+    if (p->trainable && moments(*p).master.defined()) p->value.copy_from(moments(*p).master);
+  }
 }
 
 void Optimizer::zero_grad() {
@@ -59,7 +63,8 @@ Optimizer::Moments& Optimizer::moments(const Parameter& parameter) {
   Moments& moments = moments_[&parameter];
   if (!moments.m.defined()) {
     const MemoryScope scope(MemoryCategory::kOptimizer);
-    const DType dtype = parameter.value.dtype() == DType::kF64 ? DType::kF64 : DType::kF32;
+    const DType dtype = accumulator_of(parameter.value.dtype());
+    if (parameter.value.dtype() != dtype) moments.master = parameter.value.to(dtype);
     moments.m = Tensor::zeros(parameter.value.shape(), dtype, parameter.value.device());
     moments.v = Tensor::zeros(parameter.value.shape(), dtype, parameter.value.device());
   }
@@ -70,13 +75,14 @@ TrainingMemory training_memory(const std::vector<ParameterPtr>& parameters) {
   TrainingMemory memory;
   for (const ParameterPtr& p : parameters) {
     const int64_t count = p->value.numel();
-    const int64_t bytes = count * (p->value.dtype() == DType::kF64 ? 8 : 4);
+    const DType accumulator = accumulator_of(p->value.dtype());
+    const int64_t bytes = count * static_cast<int64_t>(size_of(accumulator));
     memory.parameters += count;
     memory.weight_bytes += p->value.bytes();
     if (!p->trainable) continue;
     memory.trainable += count;
     memory.gradient_bytes += bytes;
-    memory.optimizer_bytes += 2 * bytes;
+    memory.optimizer_bytes += (p->value.dtype() == accumulator ? 2 : 3) * bytes;
   }
   return memory;
 }

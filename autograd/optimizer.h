@@ -1,6 +1,7 @@
 #pragma once
 // AdamW (kernels/adamw.h) over the trainable ones of a list of parameters. Moments are f32 (f64 for f64 weights), booked as
-// optimizer memory, allocated at a parameter's first update. A trainable parameter without a gradient counts as zero gradient
+// optimizer memory, allocated at a parameter's first update. A bf16 weight has an f32 master copy beside its moments: the update
+// acts on that and the weight is its rounding, as bf16 itself would lose every update below 1/512 of a weight. A trainable parameter without a gradient counts as zero gradient
 // (its moments fade and its decay acts), as in the golden steps; a frozen one is never touched and costs nothing.
 // Clipping multiplies all gradients by min(1, clip_norm / norm) inside the update: no pass of its own.
 
@@ -39,9 +40,10 @@ class Optimizer {
   int64_t updates() const { return updates_; }  // bias correction counts these
   const std::vector<ParameterPtr>& parameters() const { return parameters_; }
 
-  // For checkpoints: moments of one parameter, allocated as zeros when absent.
+  // For checkpoints: what an update keeps of one parameter, allocated (zeros, and the weight as it is) when absent.
   struct Moments {
     Tensor m, v;
+    Tensor master;  // undefined for f32 and f64 weights
   };
   Moments& moments(const Parameter& parameter);
   bool has_moments(const Parameter& parameter) const { return moments_.count(&parameter) != 0; }

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "cli/load.h"
 #include "cli/verb.h"
 #include "loaders/safetensors.h"
 #include "runtime/error.h"
@@ -30,10 +31,7 @@ void dump(const Options& options) {
   LoadReport report;
   const DumpInput input = read_dump_input(options.input, read_config(options.model));
   const auto model = load_model(options.model, options.dtype == "bf16" ? DType::kBF16 : DType::kF32, &report);
-  if (!report.unexpected.empty()) {
-    fmt::print(stderr, "warning: {}: {} tensors not used, the first is {}\n", options.model, report.unexpected.size(),
-               report.unexpected[0]);
-  }
+  warn_of_unused(report, options.model);
   const auto tensors = dump_model(*model, input, options.gradients);
   write_safetensors(output, tensors);
   fmt::print("{}: {} tensors of {} x {} tokens\n", options.output, tensors.size(), input.rows, input.length);

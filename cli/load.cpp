@@ -14,6 +14,7 @@ void add_model_options(CLI::App& app, ModelOptions& options) {
   app.add_option("model", options.path, "model directory (Hugging Face OLMoE, or compressed)")->required();
   app.add_option("--dtype", options.dtype, "weights in memory: auto (as stored), f32, bf16")->capture_default_str();
   app.add_option("--compute", options.compute, "products: f32, or bf16 with f32 sums")->capture_default_str();
+  app.add_flag("--strict", options.strict, "refuse a model with tensors it does not use, instead of warning");
 }
 
 DType parse_dtype(const std::string& name, const OlmoeConfig& config) {
@@ -28,6 +29,12 @@ GemmCompute parse_compute(const std::string& name) {
   return name == "f32" ? GemmCompute::kF32 : GemmCompute::kBF16;
 }
 
+void warn_of_unused(const LoadReport& report, const std::string& model) {
+  if (report.unexpected.empty()) return;
+  fmt::print(stderr, "warning: {}: {} tensors not used, the first is {}\n", model, report.unexpected.size(),
+             report.unexpected[0]);
+}
+
 LoadedModel load(const ModelOptions& options) {
   const std::filesystem::path directory = options.path;
   LoadedModel loaded;
@@ -39,7 +46,9 @@ LoadedModel load(const ModelOptions& options) {
           "{}: has ids up to {}, but vocab_size in config.json is {}; is this another model's tokenizer?",
           (directory / "tokenizer.json").string(), loaded.tokenizer->vocab_size() - 1, config.vocab_size);
   }
-  loaded.model = load_model(directory, dtype);
+  LoadReport report;
+  loaded.model = load_model(directory, dtype, options.strict ? nullptr : &report);
+  warn_of_unused(report, options.path);
   return loaded;
 }
 

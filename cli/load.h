@@ -17,6 +17,7 @@ struct ModelOptions {
   std::string path;
   std::string dtype = "auto";   // of the weights in memory: auto (as stored), f32, bf16
   std::string compute = "f32";  // of the products: f32, bf16
+  bool strict = false;          // tensors that the model does not use: refused instead of warned of
 };
 void add_model_options(CLI::App& app, ModelOptions& options);
 
@@ -25,7 +26,8 @@ struct LoadedModel {
   std::unique_ptr<Tokenizer> tokenizer;  // null unless the directory has a tokenizer.json
 };
 LoadedModel load(const ModelOptions& options);
-DType parse_dtype(const std::string& name, const OlmoeConfig& config);  // auto: bf16 for 16-bit checkpoints, else f32
+void warn_of_unused(const LoadReport& report, const std::string& model);  // a line on stderr, or nothing
+DType parse_dtype(const std::string& name, const OlmoeConfig& config);    // auto: bf16 for 16-bit checkpoints, else f32
 GemmCompute parse_compute(const std::string& name);
 
 // Rows of `input_ids` [N,S] (i32 or i64) of a safetensors file, checked against the vocabulary of the model in `model_directory`,

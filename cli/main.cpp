@@ -149,6 +149,20 @@ void print_help() {
       "7 resume, 9 device; 128+signal when stopped.\n");
 }
 
+// Names what on the command line no option takes, with the nearest option for a misspelt one.
+void refuse_extras(const CLI::App& app) {
+  const std::vector<std::string> extras = app.remaining();
+  const auto option = std::find_if(extras.begin(), extras.end(), [](const auto& e) { return e.rfind("--", 0) == 0; });
+  if (option != extras.end()) {
+    const std::string name = option->substr(2, option->find('=') - 2);
+    const std::string near = nearest(name, long_option_names(app));
+    fail(ErrorKind::kUsage, "unknown option --{}{} ({} --help)", name,
+         near.empty() ? "" : fmt::format("; did you mean --{}?", near), app.get_name());
+  }
+  check(extras.empty(), ErrorKind::kUsage, "unexpected argument {} ({} --help)", extras.empty() ? "" : extras[0],
+        app.get_name());
+}
+
 int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& common) {
   CLI::App app(verb.summary, "lightmoe " + verb.name);
   app.footer("Example: " + verb.example);
@@ -165,15 +179,8 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
   } catch (const CLI::CallForHelp&) {
     fmt::print("{}", app.help());
     return 0;
-  } catch (const CLI::ExtrasError& error) {
-    std::string hint;
-    for (const std::string& extra : app.remaining()) {
-      if (extra.rfind("--", 0) != 0) continue;
-      const std::string near = nearest(extra.substr(2, extra.find('=') - 2), long_option_names(app));
-      if (!near.empty()) hint = fmt::format("; did you mean --{}?", near);
-    }
-    fail(ErrorKind::kUsage, "{}{}", one_line(error.what()), hint);
   } catch (const CLI::ParseError& error) {
+    refuse_extras(app);  // first, as a misspelt option is then missing too
     fail(ErrorKind::kUsage, "{} (lightmoe {} --help)", one_line(error.what()), verb.name);
   }
   if (common.print_config) {

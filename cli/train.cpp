@@ -63,9 +63,6 @@ void run_train(Options& o) {
   LoadedModel loaded = load(o.model);
   Olmoe& model = *loaded.model;
   select_trainable(model.parameters(), o.train_only, o.freeze);
-  if (model.embedding->value.dtype() == DType::kBF16) {
-    fmt::print(stderr, "warning: bf16 weights lose updates below 1/256 of a weight; --dtype f32 trains exactly\n");
-  }
   const TrainingEstimate estimate =
       estimate_training(config, model.parameters(), f.stream.rows * f.stream.length, t.recompute);
   if (f.dry_run) {

@@ -46,7 +46,7 @@ void StreamedTensors::add(const std::string& name, const std::vector<int64_t>& s
 void StreamedTensors::add_copy(const std::string& name, const std::vector<int64_t>& shape, const MatrixPlace& place) {
   const DType dtype = output_dtype(place.dtype);
   add(name, shape, dtype, [this, place, dtype](const Sink& sink) {
-    FiniteCheck scan(place.info->name, allow_nonfinite_);
+    FiniteCheck scan(place, allow_nonfinite_);
     for_pieces(place.rows, place.columns, [&](int64_t first, int64_t count) {
       const Tensor rows = Tensor::empty({count, place.columns}, place.dtype);
       place.read_rows(first, rows);
@@ -63,7 +63,7 @@ void StreamedTensors::add_mix(const std::string& name, const std::vector<int64_t
   const DType dtype = output_dtype(sources.front().place.dtype);
   add(name, shape, dtype, [this, sources, dtype](const Sink& sink) {
     std::vector<FiniteCheck> scans;
-    for (const WeightedMatrix& source : sources) scans.emplace_back(source.place.info->name, allow_nonfinite_);
+    for (const WeightedMatrix& source : sources) scans.emplace_back(source.place, allow_nonfinite_);
     const MatrixPlace& like = sources.front().place;
     for_pieces(like.rows, like.columns, [&](int64_t first, int64_t count) {
       const Tensor sum = Tensor::empty({count, like.columns}, DType::kF64);

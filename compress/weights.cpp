@@ -159,10 +159,11 @@ void FiniteCheck::scan(const void* data, DType dtype, int64_t count) {
 }
 
 int64_t FiniteCheck::finish() const {
-  check(bad_ == 0 || allowed_, ErrorKind::kNumeric,
-        "tensor \"{}\": {} of {} values are NaN or infinite, the first at index {}; --allow-nonfinite copies them as "
-        "they are",
-        name_, bad_, seen_, first_);
+  check(
+      bad_ == 0 || allowed_, ErrorKind::kNumeric,
+      "{}: tensor \"{}\": {} of {} values are NaN or infinite, the first at index {}; --allow-nonfinite copies them as "
+      "they are",
+      place_.file->path().string(), place_.info->name, bad_, seen_, first_);
   return bad_;
 }
 

@@ -47,13 +47,13 @@ class ExpertSource {
 // Counts non-finite values of one tensor as its pieces pass.
 class FiniteCheck {
  public:
-  FiniteCheck(std::string name, bool allowed) : name_(std::move(name)), allowed_(allowed) {}
+  FiniteCheck(const MatrixPlace& place, bool allowed) : place_(place), allowed_(allowed) {}
   void scan(const void* data, DType dtype, int64_t count);
   // Error(kNumeric) with count and first index, unless allowed. Returns the count.
   int64_t finish() const;
 
  private:
-  std::string name_;
+  MatrixPlace place_;
   bool allowed_;
   int64_t seen_ = 0, bad_ = 0, first_ = -1;
 };

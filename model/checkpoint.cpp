@@ -77,8 +77,10 @@ std::vector<NamedTensor> training_tensors(Optimizer& optimizer) {
     if (!p->trainable) continue;
     tensors.push_back({"weight." + p->name, p->value});
     if (!optimizer.has_moments(*p)) continue;
-    tensors.push_back({"exp_avg." + p->name, optimizer.moments(*p).m});
-    tensors.push_back({"exp_avg_sq." + p->name, optimizer.moments(*p).v});
+    const Optimizer::Moments& moments = optimizer.moments(*p);
+    tensors.push_back({"exp_avg." + p->name, moments.m});
+    tensors.push_back({"exp_avg_sq." + p->name, moments.v});
+    if (moments.master.defined()) tensors.push_back({"master." + p->name, moments.master});
   }
   return tensors;
 }
@@ -194,6 +196,7 @@ void CheckpointStore::restore(const Found& found, Optimizer& optimizer) {
     const Optimizer::Moments& moments = optimizer.moments(*p);
     file.read_rows(*info_of("exp_avg." + p->name, moments.m), 0, moments.m);
     file.read_rows(*info_of("exp_avg_sq." + p->name, moments.v), 0, moments.v);
+    if (moments.master.defined()) file.read_rows(*info_of("master." + p->name, moments.master), 0, moments.master);
   }
   optimizer.set_updates(found.state.updates);
   last_good_ = found.directory;

@@ -1,7 +1,7 @@
 #pragma once
 // Step checkpoints of a training run. A directory DIR/step-00000100 appears complete or not at all (loaders/output.h) and holds
 //   state.json             counters, data position, loss window, fingerprint, extra state of the hooks
-//   optimizer.safetensors  per trainable parameter: weight.NAME in its memory type, exp_avg.NAME and exp_avg_sq.NAME
+//   optimizer.safetensors  per trainable parameter: weight.NAME in its memory type, exp_avg.NAME, exp_avg_sq.NAME, for bf16 master.NAME
 //   whatever save_model wrote: the same weights as a loadable model directory
 // Restoring reads the first two only, in place, so it is exact whatever the model is and however it was rounded for its own files;
 // frozen weights come from the caller, and the fingerprint vouches for them.

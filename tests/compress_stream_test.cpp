@@ -264,10 +264,10 @@ TEST(Compress, NonFiniteWeightsAreRefusedUnlessAllowed) {
       ADD_FAILURE() << "NaN was copied";
     } catch (const Error& error) {
       EXPECT_EQ(error.kind(), ErrorKind::kNumeric);
-      EXPECT_STREQ(
-          error.what(),
-          "tensor \"model.layers.1.mlp.experts.5.up_proj.weight\": 2 of 1024 values are NaN or infinite, the first at "
-          "index 7; --allow-nonfinite copies them as they are");
+      EXPECT_EQ(error.what(), (job.model / "model.safetensors").string() +
+                                  ": tensor \"model.layers.1.mlp.experts.5.up_proj.weight\": 2 of 1024 values are NaN "
+                                  "or infinite, the first at "
+                                  "index 7; --allow-nonfinite copies them as they are");
     }
     EXPECT_FALSE(fs::exists(job.output));
     job.allow_nonfinite = true;

@@ -90,6 +90,27 @@ TEST(Optimizer, FrozenParametersNeitherMoveNorCost) {
   EXPECT_EQ(memory.trainable, 64 * 8);
 }
 
+// A constant gradient moves AdamW by lr a step. Near 1, bf16 below has steps of 2^-8: an update of 2^-11 alone is always rounded away.
+TEST(Optimizer, BF16WeightsMoveByUpdatesBelowTheirRounding) {
+  auto p = std::make_shared<Parameter>();
+  p->name = "weight";
+  p->value = Tensor::from<float>({1, 1, 1}, {3}).to(DType::kBF16);
+  const int64_t before = memory_use(MemoryCategory::kOptimizer).live_bytes;
+  Optimizer optimizer({p}, {.weight_decay = 0, .clip_norm = 0});
+  p->ensure_grad().copy_from(Tensor::from<float>({1, -1, 1}, {3}));
+  for (int t = 1; t <= 32; ++t) {
+    optimizer.step(0x1p-11, 1);
+    const Tensor master = optimizer.moments(*p).master;
+    EXPECT_TRUE(testing::bits_equal(p->value, master.to(DType::kBF16)));
+  }
+  // 32 updates of 2^-11 = 2^-6; sums in f32, each rounded once.
+  const std::vector<double> expected = {1 - 0x1p-6, 1 + 0x1p-6, 1 - 0x1p-6};
+  EXPECT_TRUE(testing::close(optimizer.moments(*p).master, expected, 4 * 32 * testing::unit_roundoff(DType::kF32)));
+  EXPECT_TRUE(testing::close(p->value, expected, testing::unit_roundoff(DType::kBF16)));
+  EXPECT_EQ(memory_use(MemoryCategory::kOptimizer).live_bytes - before, 3 * 12);
+  EXPECT_EQ(training_memory({p}).optimizer_bytes, 3 * 12);
+}
+
 TEST(Optimizer, AMissingGradientCountsAsZero) {
   const std::vector<ParameterPtr> all = {parameter("used", {4}, 1), parameter("unused", {4}, 2)};
   Optimizer optimizer(all, {.weight_decay = 0.5, .clip_norm = 0});

@@ -7,6 +7,9 @@
 #include <algorithm>
 #include <fstream>
 
+#include "loaders/safetensors.h"
+#include "tests/support/files.h"
+
 namespace lightmoe {
 namespace {
 
@@ -40,8 +43,30 @@ TEST(Program, HelpAndVersionAnswer) {
 TEST(Program, MistypedNamesAreAnsweredWithTheNearest) {
   EXPECT_TRUE(fails_with(run_lightmoe({"inpsect"}), 2, "did you mean inspect?"));
   EXPECT_TRUE(fails_with(run_lightmoe({"inspect", kGolden, "--tensor"}), 2, "did you mean --tensors?"));
+  // The misspelt option is named, not the required one that it was meant to be.
+  EXPECT_TRUE(
+      fails_with(run_lightmoe({"train", kGolden, "--stepz", "3"}), 2, "unknown option --stepz; did you mean --steps?"));
+  EXPECT_TRUE(fails_with(run_lightmoe({"inspect", kGolden, "second"}), 2, "unexpected argument second"));
   EXPECT_TRUE(fails_with(run_lightmoe({"inspect", kGolden, "--gemm", "nativ"}), 2, "reference"));
   EXPECT_TRUE(fails_with(run_lightmoe({"inspect"}), 2, "model"));
+}
+
+TEST(Program, TensorsNotUsedAreWarnedOfAndRefusedWhenStrict) {
+  const testing::ScratchDirectory scratch;
+  const std::filesystem::path model = scratch.path() / "model";
+  std::filesystem::copy(kGolden, model);
+  const SafetensorsFile file(std::string(kGolden) + "/model.safetensors");
+  std::vector<std::pair<std::string, Tensor>> tensors{{"extra", Tensor::zeros({2}, DType::kF32)}};
+  for (const TensorInfo& info : file.tensors()) tensors.emplace_back(info.name, file.read(info.name));
+  write_safetensors(model / "model.safetensors", tensors);
+  const std::vector<std::string> generate = {
+      "generate", model.string(), "--tokens", model / "golden.safetensors", "--max-new-tokens", "1"};
+  const ProgramResult warned = run_lightmoe(generate);
+  EXPECT_EQ(warned.exit_code, 0) << warned.err;
+  EXPECT_NE(warned.err.find("1 tensors not used, the first is extra"), std::string::npos) << warned.err;
+  std::vector<std::string> strict = generate;
+  strict.push_back("--strict");
+  EXPECT_TRUE(fails_with(run_lightmoe(strict), 3, "1 tensor not expected: extra"));
 }
 
 TEST(Program, ConfigFilesAreCheckedAndFlagsWin) {

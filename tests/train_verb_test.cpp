@@ -55,6 +55,22 @@ TEST(TrainVerb, WritesAModelAndResumesBitForBit) {
   EXPECT_EQ(get_file(directory / "parts/model.safetensors"), get_file(directory / "whole/model.safetensors"));
 }
 
+// In bf16 the f32 master weights are part of the state: a run that lost them would go on from rounded ones.
+TEST(TrainVerb, ResumesBF16BitForBit) {
+  TempDir directory;
+  const std::vector<std::string> bf16 = {"--dtype", "bf16", "--save-every", "3", "--resume", "auto"};
+  ASSERT_EQ(run_lightmoe(arguments(directory / "whole", bf16)).exit_code, 0);
+  ASSERT_EQ(run_lightmoe(arguments(directory / "parts", bf16)).exit_code, 0);
+  fs::remove_all(directory / "parts");
+  fs::remove_all(directory / "parts.checkpoints/step-00000006");
+  const auto resumed = run_lightmoe(arguments(directory / "parts", bf16));
+  ASSERT_EQ(resumed.exit_code, 0) << resumed.err;
+  EXPECT_NE(resumed.err.find("resumed after step 3"), std::string::npos) << resumed.err;
+  const std::string state = "step-00000006/optimizer.safetensors";
+  EXPECT_EQ(get_file(directory / "parts.checkpoints" / state), get_file(directory / "whole.checkpoints" / state));
+  EXPECT_NE(get_file(directory / "whole.checkpoints" / state).find("\"master.model.norm.weight\""), std::string::npos);
+}
+
 TEST(TrainVerb, EvaluatesAndTrainsOnlyWhatIsAsked) {
   TempDir directory;
   const auto result = run_lightmoe(arguments(
