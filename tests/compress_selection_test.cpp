@@ -202,13 +202,14 @@ TEST(Budget, ImpossibleOnesAreRefusedWithTheNearestPossible) {
 }
 
 TEST(Budget, CountsWhatIsStored) {
-  const ModelSize size = size_of_model(1, 4);
+  ModelSize size = size_of_model(1, 4);
+  size.hidden = 20, size.width = 10;  // an expert is 3 x 20 x 10 = 600, rank 1 is 3 (20 + 10) = 90
   LayerShape layer = plain_layer_shape(4);
-  EXPECT_EQ(stored_parameters(layer, size), 4000);
+  EXPECT_EQ(stored_parameters(layer, size), 2400);
   layer.zero_expert = {0, 0, 1};
   layer.adapter_rank = {16, 3};
-  EXPECT_EQ(stored_parameters(layer, size), 2000 + 190);
-  EXPECT_EQ(stored_parameters(std::vector{layer}, size), 2690);
+  EXPECT_EQ(stored_parameters(layer, size), 1200 + 19 * 90);
+  EXPECT_EQ(stored_parameters(std::vector{layer}, size), size.rest + 1200 + 19 * 90);
 }
 
 }  // namespace

@@ -252,7 +252,7 @@ TEST(OlmoeFiles, MissingUnexpectedAndWrongTensorsAreNamed) {
   EXPECT_NE(
       message.find(
           "\"model.layers.0.mlp.experts.2.down_proj.weight\" is [32, 64], expected [64, 32] (config.json: hidden_size, "
-          "intermediate_size)"),
+          "intermediate_size or lightmoe.widths)"),
       std::string::npos)
       << message;
 
