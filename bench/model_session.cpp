@@ -158,6 +158,12 @@ class Counting {
 
 }  // namespace
 
+std::unique_ptr<Olmoe> make_model(const OlmoeConfig& config, DType weights, ModelKind kind) {
+  std::unique_ptr<Olmoe> model = random_model(config, weights, 1);
+  if (kind != ModelKind::kOriginal) compress_in_place(*model, kind);
+  return model;
+}
+
 ModelSession& ModelSession::get(const std::string& shape, DType weights, ModelKind kind) {
   static ModelSession session;
   const bool loaded = session.model_ && session.shape_ == shape && session.weights_ == weights;

@@ -27,6 +27,9 @@ struct PassWork {
   }  // scores: two products, then four
 };
 
+// Random weights of that shape, compressed as the kind says.
+std::unique_ptr<Olmoe> make_model(const OlmoeConfig& config, DType weights, ModelKind kind);
+
 class ModelSession {
  public:
   // The model of that key; loads, compresses in place or replaces what is in memory. One session per process.
