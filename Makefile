@@ -126,6 +126,8 @@ $(BUILD)/plugins/%.so: tests/plugins/%.c kernels/plugin/lightmoe_gemm.h $(wildca
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
 	@$(CC) -std=c11 -O2 -ffp-contract=off -Wall -Wextra -Werror -Ikernels/plugin $(NVTX_INCLUDE) -fPIC -shared -fvisibility=hidden $< -o $@
+# The GPU's memory on a fake of the CUDA runtime.
+$(BUILD)/obj/tests/cuda_memory_test.o: CPPFLAGS := -Itests/support/fake_cuda -DLIGHTMOE_CUDA $(CPPFLAGS)
 # Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
 DEVICE_TEST_SUPPORT := $(addprefix tests/support/,testing.cpp gemm_checks.cpp main.cpp)
 DEVICE_TESTS := $(shell grep -l "tests/support/devices.h" tests/*.cpp)
