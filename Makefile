@@ -1,6 +1,7 @@
 # LightMoE build. Wildcards and pattern rules: adding a file edits nothing.
 #   make            program and bench into build/
 #   make demo       the whole story on the small checkpoint the repository carries
+#   make demo-sim   a slice of it with the GPU's kernels, on the simulator
 #   make test       unit, golden and fault tests, and the architecture lint
 #   make bench      benchmarks, JSON into build/bench/
 #   make sim | sim-race | sim-asan | sim-check     device tests on the GPU simulator, plain and in its checking builds
@@ -82,7 +83,7 @@ else
   $(error MODE is $(MODE), expected release, asan, debug or fuzz)
 endif
 
-.PHONY: all demo sim sim-race sim-asan sim-check test unit bench lint format setup asan fuzz fuzz-run cuda gpu-build gpu-check clean
+.PHONY: all demo demo-sim sim sim-race sim-asan sim-check test unit bench lint format setup asan fuzz fuzz-run cuda gpu-build gpu-check clean
 .PRECIOUS: $(BUILD)/obj/%.o
 all: setup
 	@$(MAKE) --no-print-directory $(BUILD)/lightmoe $(BUILD)/lightmoe-bench
@@ -125,6 +126,8 @@ $(BUILD)/plugins/%.so: tests/plugins/%.c kernels/plugin/lightmoe_gemm.h $(wildca
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
 	@$(CC) -std=c11 -O2 -ffp-contract=off -Wall -Wextra -Werror -Ikernels/plugin $(NVTX_INCLUDE) -fPIC -shared -fvisibility=hidden $< -o $@
+# The GPU's memory on a fake of the CUDA runtime.
+$(BUILD)/obj/tests/cuda_memory_test.o: CPPFLAGS := -Itests/support/fake_cuda -DLIGHTMOE_CUDA $(CPPFLAGS)
 # Op tests alone, which run on every device: the layers below autograd and the tests that use tests/support/devices.h.
 DEVICE_TEST_SUPPORT := $(addprefix tests/support/,testing.cpp gemm_checks.cpp main.cpp)
 DEVICE_TESTS := $(shell grep -l "tests/support/devices.h" tests/*.cpp)
@@ -220,6 +223,9 @@ bench: all
 demo: all
 	@SHORT=$(SHORT) demo/run.sh
 
+demo-sim: all
+	@demo/sim.sh
+
 lint:
 	@scripts/lint.sh
 
@@ -240,7 +246,7 @@ cuda:
 GPU_TREE := build/gpu-tree
 gpu-build: setup
 	@$(MAKE) --no-print-directory CUDA=1 ARCH=x86-64-v3 BUILD=$(GPU_TREE) CUDA_ARCHITECTURES="-gencode arch=compute_90a,code=sm_90a" \
-	  $(addprefix $(GPU_TREE)/,device-tests model-device-tests lightmoe-bench lightmoe)
+	  $(addprefix $(GPU_TREE)/,device-tests model-device-tests lightmoe-bench lightmoe demo-generate_data)
 	@scripts/gpu_pack.sh $(GPU_TREE) build/gpu $(VERSION)
 gpu-check: $(if $(wildcard build/gpu/device-tests),,gpu-build)
 	@scripts/gpu_check.sh

@@ -52,8 +52,15 @@ pid_t start_worker(const std::vector<std::string>& arguments) {
 int run_jobs(const Options& o) {
   const std::string threads = std::to_string(std::max<int64_t>(1, num_threads() / o.jobs));
   for (int64_t i = 0; i < o.jobs; ++i) {
-    std::vector<std::string> arguments = {"lightmoe",  "run",  o.recipe, "--worker", fmt::format("{}/{}", i, o.jobs),
-                                          "--threads", threads};
+    std::vector<std::string> arguments = {"lightmoe",
+                                          "run",
+                                          o.recipe,
+                                          "--worker",
+                                          fmt::format("{}/{}", i, o.jobs),
+                                          "--threads",
+                                          threads,
+                                          "--device",
+                                          std::string(name_of(default_device()))};
     if (o.short_form) arguments.emplace_back("--short");
     if (o.quiet) arguments.emplace_back("--quiet");
     if (!o.only.empty()) arguments.insert(arguments.end(), {"--only", o.only});

@@ -16,6 +16,7 @@ uint64_t stream_of(const AdapterSite& site, bool b) {
 }  // namespace
 
 AdapterFactors gaussian_factors(const AdapterSite& site, double stddev, uint64_t seed) {
+  const DeviceScope host(DeviceKind::kCpu);
   AdapterFactors f{.a = Tensor::empty({site.rank, site.in}, DType::kF32),
                    .b = Tensor::zeros({site.out, site.rank}, DType::kF32)};
   const double sigma = stddev > 0 ? stddev : 1 / std::sqrt(3.0 * static_cast<double>(site.in));

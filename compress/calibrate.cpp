@@ -38,6 +38,7 @@ class Collector {
   // The rows of the next batch that belong to the sample, ascending.
   std::vector<int64_t> sampled_rows;
 
+  // The experts run where the model is; sums are the host's.
   void add(const RouterView& view) {
     LayerStatistics& layer = statistics_.layers[static_cast<size_t>(view.layer)];
     add_logits(view, layer);
@@ -49,8 +50,11 @@ class Collector {
   void add_logits(const RouterView& view, LayerStatistics& layer) const;
   void add_routed(const RouterView& view, LayerStatistics& layer) const;
   void add_all(const RouterView& view, LayerStatistics& layer) const;
-  void add_rows(const RouterView& view, const DispatchPlan& plan, const Tensor& outputs, int64_t e,
-                LayerStatistics& layer) const;
+  // On the host: output of every pair, the pairs of each slot, and where a pair's gate stands.
+  struct Routed {
+    Tensor outputs, offsets, index, gates;
+  };
+  static void add_rows(const Routed& routed, int layer_index, int64_t e, LayerStatistics& layer);
 
   const Olmoe& model_;
   const CalibrateOptions& options_;
@@ -59,18 +63,20 @@ class Collector {
 
 void Collector::add_logits(const RouterView& view, LayerStatistics& layer) const {
   const int64_t slots = view.logits.dim(1);
-  const float* logits = view.logits.data<float>();
+  const Tensor host_logits = view.logits.on(DeviceKind::kCpu);
+  const float* logits = host_logits.data<float>();
   for (int64_t t = 0; t < view.logits.dim(0); ++t) {
     const double norm = norm_of(logits + t * slots, slots);
     check(std::isfinite(norm), ErrorKind::kNumeric, "layer {}: the router's logits are not finite; calibration stops",
           view.layer);
     layer.logit_norm += norm;
   }
+  const Tensor host_x = options_.sample_inputs && !sampled_rows.empty() ? view.x.on(DeviceKind::kCpu) : Tensor();
   for (const int64_t t : sampled_rows) {
     layer.sample_logits.insert(layer.sample_logits.end(), logits + t * slots, logits + (t + 1) * slots);
     if (!options_.sample_inputs) continue;
     const int64_t d = view.x.dim(1);
-    const float* x = view.x.data<float>() + t * d;
+    const float* x = host_x.data<float>() + t * d;
     layer.sample_inputs.insert(layer.sample_inputs.end(), x, x + d);
   }
 }
@@ -97,20 +103,23 @@ void Collector::add_routed(const RouterView& view, LayerStatistics& layer) const
   run(SwiGlu{.h = h, .a = a});
   run(GroupedGemmM{
       .a = a, .offsets = plan.pair_group_offsets, .b = down, .c = out, .trans_b = true, .compute = options_.compute});
-  parallel_items(slots, [&](int64_t e) { add_rows(view, plan, out, e, layer); });
+  const Routed routed{.outputs = out.on(DeviceKind::kCpu),
+                      .offsets = plan.pair_group_offsets.on(DeviceKind::kCpu),
+                      .index = plan.pair_index.on(DeviceKind::kCpu),
+                      .gates = view.gates.on(DeviceKind::kCpu)};
+  parallel_items(slots, [&](int64_t e) { add_rows(routed, view.layer, e, layer); });
 }
 
-void Collector::add_rows(const RouterView& view, const DispatchPlan& plan, const Tensor& outputs, int64_t e,
-                         LayerStatistics& layer) const {
-  const int64_t d = outputs.dim(1), begin = plan.pair_group_offsets.data<int32_t>()[e],
-                end = plan.pair_group_offsets.data<int32_t>()[e + 1];
+void Collector::add_rows(const Routed& routed, int layer_index, int64_t e, LayerStatistics& layer) {
+  const int64_t d = routed.outputs.dim(1), begin = routed.offsets.data<int32_t>()[e],
+                end = routed.offsets.data<int32_t>()[e + 1];
   const auto slot = static_cast<size_t>(e);
   double *sum = layer.routed_output.data() + e * d, *squares = layer.routed_output2.data() + e * d;
   for (int64_t p = begin; p < end; ++p) {
-    const float* f = outputs.data<float>() + p * d;
-    const double gate = view.gates.data<float>()[plan.pair_index.data<int32_t>()[p]], norm = norm_of(f, d);
+    const float* f = routed.outputs.data<float>() + p * d;
+    const double gate = routed.gates.data<float>()[routed.index.data<int32_t>()[p]], norm = norm_of(f, d);
     check(std::isfinite(norm), ErrorKind::kNumeric,
-          "layer {}: the output of expert {} is not finite; calibration stops", view.layer, e);
+          "layer {}: the output of expert {} is not finite; calibration stops", layer_index, e);
     layer.count[slot] += 1;
     layer.gate_mass[slot] += gate;
     layer.output_norm[slot] += norm;
@@ -133,10 +142,11 @@ void Collector::add_all(const RouterView& view, LayerStatistics& layer) const {
     run(Gemm{.a = view.x, .b = moe.experts[e].gate_up->value, .c = h, .trans_b = true, .compute = options_.compute});
     run(SwiGlu{.h = h, .a = a});
     run(Gemm{.a = a, .b = moe.experts[e].down->value, .c = out, .trans_b = true, .compute = options_.compute});
+    const Tensor outputs = out.on(DeviceKind::kCpu);
     double* sum = layer.all_output.data() + static_cast<int64_t>(e) * d;
     parallel_for(0, d, 64, [&](int64_t first, int64_t last) {
       for (int64_t t = 0; t < rows; ++t) {
-        for (int64_t i = first; i < last; ++i) sum[i] += static_cast<double>(out.data<float>()[t * d + i]);
+        for (int64_t i = first; i < last; ++i) sum[i] += static_cast<double>(outputs.data<float>()[t * d + i]);
       }
     });
   }

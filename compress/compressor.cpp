@@ -240,12 +240,14 @@ OlmoeConfig Compression::output_config() const {
 }  // namespace
 
 CompressEstimate estimate_compression(const CompressJob& job) {
+  const DeviceScope host(DeviceKind::kCpu);  // whatever --device says: this works on files
   Compression compression(job);
   compression.record.plan.computed.clear();  // they refer to what goes out of scope here
   return {.record = compression.record, .peak_bytes = compression.peak_bytes};
 }
 
 CompressionRecord compress_model(const CompressJob& job) {
+  const DeviceScope host(DeviceKind::kCpu);  // whatever --device says: this works on files
   OutputDirectory output(job.output, job.force, {job.model});
   Compression compression(job);
   CompressionRecord& record = compression.record;

@@ -56,7 +56,7 @@ Var run_blocks(Tape& tape, const Olmoe& model, const Batch& batch, const std::ve
   BlockContext context{.config = model.config,
                        .positions = batch.positions,
                        .sequences = batch.sequences,
-                       .new_counts = {},
+                       .cache_rows = {},
                        .slot_weights = weights};
   Var x = embedding(tape, batch.ids, model.embedding);
   for (size_t l = 0; l < model.blocks.size(); ++l) {

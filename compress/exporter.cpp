@@ -185,6 +185,7 @@ class Densifier {
 }  // namespace
 
 ExportReport export_to_hugging_face(const ExportJob& job) {
+  const DeviceScope host(DeviceKind::kCpu);  // whatever --device says: this works on files
   OutputDirectory output(job.output, job.force, {job.model});
   const Densifier densifier(job);
   write_file_atomically(output.path() / "config.json", config_to_json(densifier.stock_config(job)));

@@ -34,7 +34,7 @@ Tensor matrix_of(const Expert& expert, ExpertMatrix matrix) {
 }
 
 bool is_zero(const Tensor& t) {
-  const Tensor x = t.to(DType::kF32);
+  const Tensor x = t.on(DeviceKind::kCpu).to(DType::kF32);
   return std::all_of(x.data<float>(), x.data<float>() + x.numel(), [](float v) { return v == 0; });
 }
 

@@ -137,6 +137,7 @@ void read_sample(const SafetensorsFile& file, Statistics& s) {
 }  // namespace
 
 void save_statistics(const Statistics& s, const std::filesystem::path& file) {
+  const DeviceScope host(DeviceKind::kCpu);
   require(!s.layers.empty(), "save_statistics: no layers");
   std::vector<std::pair<std::string, Tensor>> tensors;
   for (const Field& field : kFields) {
@@ -167,6 +168,7 @@ void save_statistics(const Statistics& s, const std::filesystem::path& file) {
 }
 
 Statistics load_statistics(const std::filesystem::path& path) {
+  const DeviceScope host(DeviceKind::kCpu);
   const SafetensorsFile file(path);
   const std::string format = metadata_text(file, "lightmoe");
   check(format == kFormat, ErrorKind::kInput,

@@ -45,6 +45,11 @@ std::string hex(XXH128_hash_t hash) { return fmt::format("{:016x}{:016x}", hash.
 void MatrixPlace::read_rows(int64_t first, const Tensor& out) const {
   require(first >= 0 && out.rank() == 2 && out.dim(1) == columns && first + out.dim(0) <= rows,
           "MatrixPlace: rows {}.. as {} of {}x{}", first, out.shape(), rows, columns);
+  if (out.device() != DeviceKind::kCpu) {
+    const Tensor staged = Tensor::empty(out.shape(), out.dtype(), DeviceKind::kCpu);
+    read_rows(first, staged);
+    return out.copy_from(staged);
+  }
   const auto count = static_cast<size_t>(out.numel());
   const uint64_t begin = offset + static_cast<uint64_t>(first * columns) * size_of(dtype);
   if (out.dtype() == dtype) return file->read_raw(*info, begin, out.raw(), count * size_of(dtype));

@@ -72,6 +72,7 @@ std::vector<Document> documents_from_tokens(const std::filesystem::path& file, i
   check(integers && info->shape.size() == 2, ErrorKind::kInput,
         "{}: tensor \"input_ids\" is {} of rank {}, expected I32 or I64 [N, S]", file.string(), info->file_dtype,
         info->shape.size());
+  const DeviceScope host(DeviceKind::kCpu);
   const Tensor ids = tensors.read("input_ids", DType::kI32);
   std::vector<Document> documents(static_cast<size_t>(ids.dim(0)));
   for (int64_t n = 0; n < ids.dim(0); ++n) {

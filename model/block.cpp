@@ -1,21 +1,11 @@
 #include "model/block.h"
 
+#include "kernels/indexing.h"
 #include "model/moe_op.h"
 #include "runtime/trace.h"
 
 namespace lightmoe {
 namespace {
-
-// Rows of the new tokens, sequence after sequence, to where the cache has room for them.
-void append_to_cache(const Tensor& rows, const Tensor& cached, const BlockContext& context) {
-  int64_t row = 0;
-  for (size_t n = 0; n < context.new_counts.size(); ++n) {
-    const int64_t count = context.new_counts[n];
-    const int64_t begin = static_cast<int64_t>(n) * context.cache->max_length + context.cache->lengths[n];
-    cached.slice(begin, begin + count).copy_from(rows.slice(row, row + count));
-    row += count;
-  }
-}
 
 Var projection(Tape& tape, const Var& x, const ParameterPtr& weight, const ParameterPtr& norm,
                const BlockContext& context) {
@@ -41,8 +31,8 @@ Var attention_half(Tape& tape, const Var& x, const Block& block, const BlockCont
   k = rope_in_place(tape, k, context.positions, head_dim, config.rope_theta);
   if (context.cache != nullptr) {
     const auto layer = static_cast<size_t>(context.layer);
-    append_to_cache(k.value, context.cache->k[layer], context);
-    append_to_cache(v.value, context.cache->v[layer], context);
+    run(ScatterRows{.x = k.value, .index = context.cache_rows, .y = context.cache->k[layer]});
+    run(ScatterRows{.x = v.value, .index = context.cache_rows, .y = context.cache->v[layer]});
     k = Tape::constant(context.cache->k[layer]), v = Tape::constant(context.cache->v[layer]);
   }
   Var out = attention(tape, q, k, v, context.sequences, head_dim);

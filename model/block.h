@@ -14,7 +14,7 @@ struct BlockContext {
   GemmCompute compute = GemmCompute::kF32;
   int layer = 0;
   KvCache* cache = nullptr;
-  std::vector<int32_t> new_counts;  // with a cache: new tokens of each sequence
+  Tensor cache_rows;  // with a cache: i32 [T], the cache's row that each new token takes
   const Observer* observer = nullptr;
   const RoutingOptions* routing = nullptr;  // inference
   // Learned weights of slots, one [E] per layer: gates are multiplied by them (compress/diep.cpp).
@@ -29,5 +29,8 @@ struct MoeHalf {
   Routing routing;
 };
 MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context, Recompute recompute);
+
+// All blocks and the final norm, without gradients.
+Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context);
 
 }  // namespace lightmoe

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <span>
 
+#include "kernels/combine.h"
 #include "kernels/cross_entropy.h"
 #include "model/sampling.h"
 #include "runtime/parallel.h"
@@ -17,7 +18,7 @@ constexpr int64_t kLogitBytes = int64_t{64} << 20;  // of each model, while two 
 
 struct Pass {
   std::vector<int32_t> ids, positions, doc_begin, labels;  // labels of the labelled rows only
-  std::vector<int64_t> rows;                               // which rows those are
+  std::vector<int32_t> rows;                               // which rows those are
   std::vector<size_t> owner;                               // sequence of each labelled row
 };
 
@@ -27,7 +28,7 @@ Pass make_pass(const std::vector<ScoredSequence>& sequences, size_t begin, size_
     pass.doc_begin.push_back(static_cast<int32_t>(pass.ids.size()));
     for (size_t t = 0; t < sequences[s].ids.size(); ++t) {
       if (sequences[s].labels[t] >= 0) {
-        pass.rows.push_back(static_cast<int64_t>(pass.ids.size()));
+        pass.rows.push_back(static_cast<int32_t>(pass.ids.size()));
         pass.owner.push_back(s);
         pass.labels.push_back(sequences[s].labels[t]);
       }
@@ -43,11 +44,9 @@ Pass make_pass(const std::vector<ScoredSequence>& sequences, size_t begin, size_
 Tensor hidden_rows(const Olmoe& model, const Pass& pass, const ForwardOptions& options) {
   const Batch batch = make_packed_batch(pass.ids, {}, pass.positions, pass.doc_begin);
   const Tensor hidden = model.forward(batch, options);
-  const Tensor rows = Tensor::empty({static_cast<int64_t>(pass.rows.size()), hidden.dim(1)}, hidden.dtype());
-  for (size_t i = 0; i < pass.rows.size(); ++i) {
-    const int64_t to = static_cast<int64_t>(i);
-    rows.slice(to, to + 1).copy_from(hidden.slice(pass.rows[i], pass.rows[i] + 1));
-  }
+  const auto count = static_cast<int64_t>(pass.rows.size());
+  const Tensor rows = Tensor::empty({count, hidden.dim(1)}, hidden.dtype());
+  run(ExpandPairs{.x = hidden, .pair_visit = Tensor::from(pass.rows, {count}), .y = rows});
   return rows;
 }
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <span>
 
+#include "model/decode.h"
 #include "runtime/trace.h"
 
 namespace lightmoe {
@@ -14,8 +14,8 @@ using Clock = std::chrono::steady_clock;
 struct Sequence {
   int64_t index;  // in the caller's list
   std::vector<int32_t> prompt;
-  Philox rng;
   Generation result;
+  int32_t draws = 0;
   bool done = false;
 };
 
@@ -86,31 +86,55 @@ void take_token(Sequence& sequence, int32_t token, const GenerateOptions& option
   }
 }
 
-// Chooses the next token of every sequence that was fed (counts > 0); hidden has the rows of all fed tokens.
-void choose_tokens(const Olmoe& model, const Tensor& hidden, const std::vector<int32_t>& counts,
-                   std::vector<Sequence>& sequences, const GenerateOptions& options) {
-  std::vector<size_t> fed;
-  for (size_t s = 0; s < counts.size(); ++s) {
-    if (counts[s] > 0) fed.push_back(s);
-  }
-  const Tensor last = Tensor::empty({static_cast<int64_t>(fed.size()), hidden.dim(1)}, hidden.dtype());
-  int64_t row = 0, filled = 0;
-  for (int32_t count : counts) {
-    row += count;
-    if (count > 0) last.slice(filled, filled + 1).copy_from(hidden.slice(row - 1, row)), ++filled;
-  }
-  const Tensor logits = model.logits(last, options.forward).on(DeviceKind::kCpu);
-  int64_t allowed = logits.dim(1);
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+TokenChoice token_choice(const Olmoe& model, const GenerateOptions& options) {
+  int64_t allowed = model.config.vocab_size;
   if (options.tokenizer != nullptr) allowed = std::min(allowed, options.tokenizer->vocab_size());
-  for (size_t i = 0; i < fed.size(); ++i) {
-    const std::span<const float> values(logits.data<float>() + static_cast<int64_t>(i) * logits.dim(1),
-                                        static_cast<size_t>(allowed));
-    Sequence& sequence = sequences[fed[i]];
-    take_token(sequence, sample(values, options.sampling, sequence.rng), options);
+  return {.rule = options.sampling, .allowed = allowed};
+}
+
+// tokens[i] is the new one of the i-th sequence that is not done.
+void take_tokens(std::vector<Sequence>& sequences, const std::vector<int32_t>& tokens, const GenerateOptions& options) {
+  auto token = tokens.begin();
+  for (Sequence& sequence : sequences) {
+    if (sequence.done) continue;
+    check(*token >= 0, ErrorKind::kNumeric, "prompt {}: logits of token {} are not finite", sequence.index,
+          sequence.result.tokens.size());
+    if (options.sampling.temperature > 0) ++sequence.draws;
+    take_token(sequence, *token++, options);
   }
 }
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+std::vector<int32_t> prefill(const Olmoe& model, std::vector<Sequence>& sequences, KvCache& cache,
+                             const GenerateOptions& options, GenerateReport& report) {
+  std::vector<int32_t> ids, counts, streams;
+  for (const Sequence& s : sequences) {
+    ids.insert(ids.end(), s.prompt.begin(), s.prompt.end());
+    counts.push_back(static_cast<int32_t>(s.prompt.size()));
+    streams.push_back(static_cast<int32_t>(s.index));
+  }
+  report.prefill_tokens += static_cast<int64_t>(ids.size());
+  const TraceRange range(TraceLevel::kPhase, "prefill", static_cast<int64_t>(ids.size()));
+  const Tensor hidden = model.forward_cached(ids, counts, cache, options.forward);
+  return choose_tokens(model, hidden, counts, streams, std::vector<int32_t>(sequences.size(), 0),
+                       token_choice(model, options), options.forward);
+}
+
+// The sequences that go on. A loop serves until one of them ends; the rest go on in a loop of their own.
+DecodeLoop make_loop(const Olmoe& model, const std::vector<Sequence>& sequences, KvCache& cache,
+                     const GenerateOptions& options) {
+  std::vector<DecodeSequence> going;
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    const Sequence& sequence = sequences[s];
+    if (sequence.done) continue;
+    going.push_back({.row = static_cast<int32_t>(s),
+                     .token = sequence.result.tokens.back(),
+                     .stream = static_cast<int32_t>(sequence.index),
+                     .draws = sequence.draws});
+  }
+  return {model, cache, going, token_choice(model, options), options.forward};
+}
 
 void run_batch(const Olmoe& model, std::vector<Sequence>& sequences, const GenerateOptions& options,
                GenerateReport& report) {
@@ -118,25 +142,25 @@ void run_batch(const Olmoe& model, std::vector<Sequence>& sequences, const Gener
   for (const Sequence& s : sequences) longest = std::max(longest, s.prompt.size());
   KvCache cache(model.config, static_cast<int64_t>(sequences.size()),
                 static_cast<int64_t>(longest) + options.max_new_tokens - 1, options.cache_dtype);
-  std::vector<int32_t> ids, counts;
-  for (const Sequence& s : sequences) {
-    ids.insert(ids.end(), s.prompt.begin(), s.prompt.end());
-    counts.push_back(static_cast<int32_t>(s.prompt.size()));
-  }
+  const auto count_going = [&] {
+    return std::count_if(sequences.begin(), sequences.end(), [](const Sequence& s) { return !s.done; });
+  };
+  Clock::time_point start = Clock::now();
   int64_t pass = 0;
-  for (bool prefill = true; !ids.empty(); prefill = false) {
-    profile_step(pass++);
-    const TraceRange range(TraceLevel::kPhase, prefill ? "prefill" : "decode", static_cast<int64_t>(ids.size()));
-    const Clock::time_point start = Clock::now();
-    choose_tokens(model, model.forward_cached(ids, counts, cache, options.forward), counts, sequences, options);
-    (prefill ? report.prefill_seconds : report.decode_seconds) += seconds_since(start);
-    (prefill ? report.prefill_tokens : report.decode_tokens) += static_cast<int64_t>(ids.size());
-    ids.clear();
-    for (size_t s = 0; s < sequences.size(); ++s) {
-      counts[s] = sequences[s].done ? 0 : 1;
-      if (!sequences[s].done) ids.push_back(sequences[s].result.tokens.back());
+  profile_step(pass++);
+  take_tokens(sequences, prefill(model, sequences, cache, options, report), options);
+  report.prefill_seconds += seconds_since(start);
+  start = Clock::now();
+  for (int64_t going = count_going(); going > 0; going = count_going()) {
+    DecodeLoop loop = make_loop(model, sequences, cache, options);
+    while (count_going() == going) {
+      profile_step(pass++);
+      const TraceRange range(TraceLevel::kPhase, "decode", going);
+      take_tokens(sequences, loop.step(), options);
+      report.decode_tokens += going;
     }
   }
+  report.decode_seconds += seconds_since(start);
 }
 
 }  // namespace
@@ -158,10 +182,7 @@ std::vector<Generation> generate(const Olmoe& model, const std::vector<std::vect
     const size_t end = std::min(prompts.size(), begin + static_cast<size_t>(options.batch));
     std::vector<Sequence> sequences;
     for (size_t i = begin; i < end; ++i) {
-      sequences.push_back({.index = static_cast<int64_t>(i),
-                           .prompt = std::move(checked[i]),
-                           .rng = Philox(options.sampling.seed, i),
-                           .result = {}});
+      sequences.push_back({.index = static_cast<int64_t>(i), .prompt = std::move(checked[i]), .result = {}});
     }
     run_batch(model, sequences, options, own);
     for (Sequence& sequence : sequences) {

@@ -21,6 +21,13 @@ void observe_hidden(const Observer* observer, int layer, const Var& x) {
   if (observer != nullptr && observer->on_hidden) observer->on_hidden(layer, x.value);
 }
 
+void drop_repeated(std::vector<ParameterPtr>& list) {
+  std::unordered_set<const Parameter*> seen;
+  std::erase_if(list, [&](const ParameterPtr& p) { return !seen.insert(p.get()).second; });
+}
+
+}  // namespace
+
 Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context) {
   Tape tape(false);
   Var x = embedding(tape, ids, model.embedding);
@@ -34,13 +41,6 @@ Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context) {
   observe_hidden(context.observer, static_cast<int>(model.blocks.size()), x);
   return x.value;
 }
-
-void drop_repeated(std::vector<ParameterPtr>& list) {
-  std::unordered_set<const Parameter*> seen;
-  std::erase_if(list, [&](const ParameterPtr& p) { return !seen.insert(p.get()).second; });
-}
-
-}  // namespace
 
 KvCache::KvCache(const OlmoeConfig& config, int64_t sequences, int64_t max, DType dtype)
     : lengths(static_cast<size_t>(sequences), 0), max_length(max) {
@@ -92,7 +92,6 @@ Tensor Olmoe::forward(const Batch& batch, const ForwardOptions& options) const {
                      .positions = batch.positions,
                      .sequences = batch.sequences,
                      .compute = options.compute,
-                     .new_counts = {},
                      .observer = options.observer,
                      .routing = options.routing});
 }
@@ -102,15 +101,18 @@ Tensor Olmoe::forward_cached(const std::vector<int32_t>& ids, const std::vector<
   const TraceRange trace(TraceLevel::kPhase, "forward_cached", static_cast<int64_t>(ids.size()));
   require(counts.size() == cache.lengths.size(), "forward_cached: {} counts for a cache of {} sequences", counts.size(),
           cache.lengths.size());
-  std::vector<int32_t> positions, q_begin{0}, k_begin, k_count;
+  std::vector<int32_t> positions, cache_rows, q_begin{0}, k_begin, k_count;
   for (size_t n = 0; n < counts.size(); ++n) {
     const int32_t used = cache.lengths[n];
     require(counts[n] >= 0 && used + counts[n] <= cache.max_length,
             "forward_cached: sequence {} has {} tokens and {} new ones, the cache holds {}", n, used, counts[n],
             cache.max_length);
-    for (int32_t j = 0; j < counts[n]; ++j) positions.push_back(used + j);
-    q_begin.push_back(q_begin.back() + counts[n]);
     k_begin.push_back(static_cast<int32_t>(static_cast<int64_t>(n) * cache.max_length));
+    for (int32_t j = 0; j < counts[n]; ++j) {
+      positions.push_back(used + j);
+      cache_rows.push_back(k_begin.back() + used + j);
+    }
+    q_begin.push_back(q_begin.back() + counts[n]);
     k_count.push_back(used + counts[n]);
   }
   require(positions.size() == ids.size(), "forward_cached: {} ids, the counts say {}", ids.size(), positions.size());
@@ -127,7 +129,7 @@ Tensor Olmoe::forward_cached(const std::vector<int32_t>& ids, const std::vector<
                                     .sequences = sequences,
                                     .compute = options.compute,
                                     .cache = &cache,
-                                    .new_counts = counts,
+                                    .cache_rows = tensor(cache_rows),
                                     .observer = options.observer,
                                     .routing = options.routing});
   for (size_t n = 0; n < counts.size(); ++n) cache.lengths[n] += counts[n];
@@ -150,7 +152,7 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
                          .positions = batch.positions,
                          .sequences = batch.sequences,
                          .compute = options.compute,
-                         .new_counts = {},
+                         .cache_rows = {},
                          .observer = options.observer};
     std::vector<Var> probs;
     std::vector<Tensor> slots;

@@ -45,7 +45,7 @@ void write_random_model(OlmoeConfig config, DType dtype, uint64_t seed, const st
   }
   SafetensorsWriter writer(directory, std::move(specs), {.max_shard_bytes = max_shard_bytes, .metadata = {}});
   const MemoryScope scope(MemoryCategory::kScratch);
-  const Tensor buffer = Tensor::empty({largest}, DType::kF32);
+  const Tensor buffer = Tensor::empty({largest}, DType::kF32, DeviceKind::kCpu);
   for (const ParameterInfo& p : parameters) {
     const Tensor values = buffer.slice(0, p.numel()).reshape(Shape(p.shape));
     fill_random_weight(config, p.name, seed, values);

@@ -3,7 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
+#include <utility>
+
 #include "runtime/device.h"
+#include "runtime/device_graph.h"
 #include "runtime/device_info.h"
 #include "runtime/device_pool.h"
 #include "runtime/device_timer.h"
@@ -48,12 +52,50 @@ DevicePool& pool() {
 void* allocate(size_t bytes) { return pool().allocate(bytes); }
 void release(void* data, size_t bytes) { pool().release(data, bytes); }
 
+bool recording = false;  // between begin_graph and end_graph nothing may be waited for
+
+// Small copies from the host leave from page-locked memory, so that the host goes on at once: what they copy from may be reused. Two
+// halves; one is filled while the copies out of the other are on their way.
+class SmallUploads {
+ public:
+  static constexpr size_t kLargest = size_t{1} << 20;
+  void push(void* to, const void* from, size_t bytes) {
+    if (data_ == nullptr) make();
+    if (at_ + bytes > kHalf) turn();
+    char* place = data_ + half_ * kHalf + at_;
+    std::memcpy(place, from, bytes);
+    check_cuda(cudaMemcpyAsync(to, place, bytes, cudaMemcpyHostToDevice, stream()), "copy", bytes);
+    at_ += (bytes + 255) / 256 * 256;
+  }
+
+ private:
+  static constexpr size_t kHalf = size_t{4} << 20;
+  void make() {
+    check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&data_), 2 * kHalf, cudaHostAllocDefault), "staging", 2 * kHalf);
+    for (cudaEvent_t& event : sent_) check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "an event");
+  }
+  void turn() {
+    check_cuda(cudaEventRecord(sent_[half_], stream()), "copy");
+    half_ ^= 1, at_ = 0;
+    check_cuda(cudaEventSynchronize(sent_[half_]), "copy");  // at once where nothing was ever recorded
+  }
+  char* data_ = nullptr;
+  size_t at_ = 0;
+  int half_ = 0;
+  cudaEvent_t sent_[2] = {};
+};
+
+bool is_device_memory(const void* p) {
+  cudaPointerAttributes attributes{};
+  return cudaPointerGetAttributes(&attributes, p) == cudaSuccess && attributes.type == cudaMemoryTypeDevice;
+}
+
 void copy(void* to, const void* from, size_t bytes) {
+  static SmallUploads* const small = new SmallUploads;
+  const bool to_host = !is_device_memory(to), from_host = !is_device_memory(from);
+  if (from_host && !to_host && !recording && bytes <= SmallUploads::kLargest) return small->push(to, from, bytes);
   check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()), "copy", bytes);
-  cudaPointerAttributes a{}, b{};
-  const bool inside = cudaPointerGetAttributes(&a, to) == cudaSuccess && a.type == cudaMemoryTypeDevice &&
-                      cudaPointerGetAttributes(&b, from) == cudaSuccess && b.type == cudaMemoryTypeDevice;
-  if (!inside) check_cuda(cudaStreamSynchronize(stream()), "copy", bytes);  // the host's end may be read or reused now
+  if ((to_host || from_host) && !recording) check_cuda(cudaStreamSynchronize(stream()), "copy", bytes);
 }
 void fill(void* data, int byte, size_t bytes) {
   check_cuda(cudaMemsetAsync(data, byte, bytes, stream()), "fill", bytes);
@@ -95,6 +137,36 @@ double elapsed_us() {
   return 1e3 * static_cast<double>(milliseconds);
 }
 
+// CUDA graphs. Relaxed: what is recorded may ask the pool, and the pool the device, for memory.
+void begin_graph() {
+  check_cuda(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeRelaxed), "recording");
+  recording = true;
+}
+cudaGraph_t end_capture() {
+  cudaGraph_t graph = nullptr;
+  recording = false;
+  check_cuda(cudaStreamEndCapture(stream(), &graph), "recording");
+  return graph;
+}
+void* end_graph() {
+  const cudaGraph_t graph = end_capture();
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check_cuda(error, "instantiation of a graph");
+  return executable;
+}
+void abandon_graph() {
+  cudaGraph_t graph = nullptr;
+  if (std::exchange(recording, false)) cudaStreamEndCapture(stream(), &graph);
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  cudaGetLastError();  // a recording that failed leaves the stream usable
+}
+void replay_graph(void* graph) {
+  check_cuda(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), stream()), "replay of a graph");
+}
+void release_graph(void* graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)); }
+
 DeviceInfo info() {
   int device = 0, driver = 0, runtime = 0;
   check_cuda(cudaGetDevice(&device), "query of the current device");
@@ -125,6 +197,11 @@ const bool registered = [] {
                                             .free_bytes = &free_bytes,
                                             .set_limit = &set_limit});
   register_device_events(DeviceKind::kCuda, {&record_event, &elapsed_us});
+  register_graph_support(DeviceKind::kCuda, {.begin = &begin_graph,
+                                             .end = &end_graph,
+                                             .abandon = &abandon_graph,
+                                             .replay = &replay_graph,
+                                             .release = &release_graph});
   register_device_info(DeviceKind::kCuda, &info);
   return true;
 }();

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/device.h"
+#include "runtime/device_graph.h"
 #include "runtime/error.h"
 
 namespace lightmoe {
@@ -152,14 +153,14 @@ bool device_available(DeviceKind device) {
 }
 bool is_host_memory(DeviceKind device) { return device_memory()[static_cast<size_t>(device)].allocate == nullptr; }
 void copy_memory(void* to, DeviceKind to_device, const void* from, DeviceKind from_device, size_t bytes) {
-  if (bytes == 0) return;
+  if (bytes == 0 || detail::record_copy(to, to_device, &from, from_device, bytes)) return;
   if (to_device != from_device) detail::count_transfer(to_device == DeviceKind::kCpu);
   const DeviceKind foreign = is_host_memory(to_device) ? from_device : to_device;
   const auto copy = device_memory()[static_cast<size_t>(foreign)].copy;
   copy != nullptr ? copy(to, from, bytes) : static_cast<void>(std::memcpy(to, from, bytes));
 }
 void fill_memory(void* data, DeviceKind device, int byte, size_t bytes) {
-  if (bytes == 0) return;
+  if (bytes == 0 || detail::record_fill(data, device, byte, bytes)) return;
   const auto fill = device_memory()[static_cast<size_t>(device)].fill;
   fill != nullptr ? fill(data, byte, bytes) : static_cast<void>(std::memset(data, byte, bytes));
 }
@@ -186,20 +187,30 @@ MemoryScope::MemoryScope(MemoryCategory category) : previous_(current_category) 
 MemoryScope::~MemoryScope() { current_category = previous_; }
 MemoryCategory MemoryScope::current() { return current_category; }
 
+// A block that the graph being recorded has free, else one of the device, which becomes the graph's. Null when there is no more.
+static void* allocate_on_device(size_t bytes, DeviceKind device, MemoryCategory category) {
+  if (void* kept = detail::take_recorded(device, bytes)) return kept;
+  check(detail::book_device_bytes(static_cast<int64_t>(bytes)), ErrorKind::kMemory,
+        "out of {} memory: {} bytes asked for {}, {} bytes live, limit {} (--max-gpu-memory)", name_of(device), bytes,
+        name_of(category), device_live_bytes(), device_memory_limit());
+  const auto allocate = device_memory()[static_cast<size_t>(device)].allocate;
+  void* data = allocate != nullptr ? allocate(bytes) : allocate_host(bytes);
+  if (data == nullptr) detail::book_device_bytes(-static_cast<int64_t>(bytes));
+  detail::own_recorded(device, data, bytes);
+  return data;
+}
+void detail::release_device_memory(DeviceKind device, void* data, size_t bytes) {
+  const auto release = device_memory()[static_cast<size_t>(device)].release;
+  release != nullptr ? release(data, bytes) : release_host(data, bytes);
+  if (data != nullptr) book_device_bytes(-static_cast<int64_t>(bytes));
+}
+
 std::shared_ptr<Buffer> Buffer::allocate(size_t bytes, DeviceKind device, MemoryCategory category) {
   check(device_available(device), ErrorKind::kDevice, "device {}: not in this build, or none in this machine",
         name_of(device));
-  const auto allocate = device_memory()[static_cast<size_t>(device)].allocate;
-  const bool on_device = device != DeviceKind::kCpu;
-  check(!on_device || detail::book_device_bytes(static_cast<int64_t>(bytes)), ErrorKind::kMemory,
-        "out of {} memory: {} bytes asked for {}, {} bytes live, limit {} (--max-gpu-memory)", name_of(device), bytes,
-        name_of(category), device_live_bytes(), device_memory_limit());
-  void* data = allocate != nullptr ? allocate(bytes) : allocate_host(bytes);
-  if (data == nullptr && bytes > 0) {
-    if (on_device) detail::book_device_bytes(-static_cast<int64_t>(bytes));
-    fail(ErrorKind::kMemory, "out of {} memory: {} bytes asked for {}, {} bytes live",
-         device == DeviceKind::kCuda ? "cuda" : "host", bytes, name_of(category), total_account.live.load());
-  }
+  void* data = device == DeviceKind::kCpu ? allocate_host(bytes) : allocate_on_device(bytes, device, category);
+  check(data != nullptr || bytes == 0, ErrorKind::kMemory, "out of {} memory: {} bytes asked for {}, {} bytes live",
+        device == DeviceKind::kCuda ? "cuda" : "host", bytes, name_of(category), total_account.live.load());
   std::shared_ptr<Buffer> buffer(new Buffer);
   buffer->data_ = data;
   buffer->bytes_ = bytes;
@@ -212,9 +223,11 @@ std::shared_ptr<Buffer> Buffer::allocate(size_t bytes, DeviceKind device, Memory
 }
 
 Buffer::~Buffer() {
-  const auto release = device_memory()[static_cast<size_t>(device_)].release;
-  release != nullptr ? release(data_, bytes_) : release_host(data_, bytes_);
-  if (device_ != DeviceKind::kCpu) detail::book_device_bytes(-static_cast<int64_t>(bytes_));
+  if (device_ == DeviceKind::kCpu) {
+    release_host(data_, bytes_);
+  } else if (!detail::keep_recorded(data_, bytes_)) {
+    detail::release_device_memory(device_, data_, bytes_);
+  }
   accounts[static_cast<size_t>(category_)].live -= static_cast<int64_t>(bytes_);
   total_account.live -= static_cast<int64_t>(bytes_);
 }

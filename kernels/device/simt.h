@@ -25,6 +25,7 @@
 #include <utility>
 
 #include "runtime/device.h"
+#include "runtime/device_graph.h"
 #include "runtime/dtype.h"
 #include "runtime/error.h"
 #include "runtime/memory.h"
@@ -88,7 +89,7 @@ void launch(const Launch& config, Arguments&&... arguments) {
   const auto stream = static_cast<cudaStream_t>(compute_stream(kDevice));
   kKernel<<<config.blocks, config.threads, config.shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
   check_cuda(cudaGetLastError(), __PRETTY_FUNCTION__);
-  if (wait_after_launch()) check_cuda(cudaStreamSynchronize(stream), __PRETTY_FUNCTION__);
+  if (wait_after_launch() && !is_recording(kDevice)) check_cuda(cudaStreamSynchronize(stream), __PRETTY_FUNCTION__);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/device/simulator/machine.h"
+#include "runtime/device_graph.h"
 
 #define LIGHTMOE_DEVICE sim
 #define DEVICE_FN inline
@@ -48,10 +49,15 @@ void launch(const Launch& config, Arguments&&... arguments) {
   if (config.blocks.x == 0 || config.blocks.y == 0 || config.blocks.z == 0) return;
   using Parameters = decltype(detail::parameters_of(kKernel));
   Parameters parameters{static_cast<Arguments&&>(arguments)...};
-  simulator::launch(
-      __PRETTY_FUNCTION__, {config.blocks, config.threads, config.shared_bytes},
-      [](void* p) { std::apply([](const auto&... values) { kKernel(values...); }, *static_cast<Parameters*>(p)); },
-      &parameters);
+  const char* name = __PRETTY_FUNCTION__;
+  const simulator::Grid grid{config.blocks, config.threads, config.shared_bytes};
+  constexpr auto entry = [](void* p) {
+    std::apply([](const auto&... values) { kKernel(values...); }, *static_cast<Parameters*>(p));
+  };
+  if (is_recording(kDevice)) {
+    return record_step([=]() mutable { simulator::launch(name, grid, entry, &parameters); });
+  }
+  simulator::launch(name, grid, entry, &parameters);
 }
 
 template <class T>
