@@ -32,7 +32,7 @@ DEVICE_FN void activate_strip(ChainShared<E>& shared, const StripHidden<E>& h, i
 
 // One block: visits of a tile, the chunks of F of one part. parts [num parts][P][rank]: A_down a summed over the part's chunks.
 template <class E, class W>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     adapter_chain_kernel(const __grid_constant__ ChainPlan p, const E* h0, const E* u, E* s, float* parts) {
   auto& shared = shared_memory<ChainShared<E>>();
   const GroupTile tile = find_group_tile(p.group_offsets, p.groups, static_cast<int>(blockIdx.x));

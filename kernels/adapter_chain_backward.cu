@@ -89,7 +89,7 @@ DEVICE_FN void store_tile(const BackwardShared<E>& shared, const ChainPlan& p, c
 }
 
 template <class E, class W>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     adapter_chain_backward_kernel(const __grid_constant__ ChainPlan p, BackwardRows<E> rows, BackwardParts part) {
   auto& shared = shared_memory<BackwardShared<E>>();
   const GroupTile tile = find_group_tile(p.group_offsets, p.groups, static_cast<int>(blockIdx.x));

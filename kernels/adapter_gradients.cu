@@ -51,7 +51,7 @@ DEVICE_FN void store_gradient(float* to, const float (&sum)[kRankFragments][4], 
 }
 
 template <class E, class W>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     adapter_gradients_kernel(const __grid_constant__ ChainPlan p, const __grid_constant__ GradientTargets to,
                              const E* h0, const E* u, const E* ds, const E* e) {
   auto& shared = shared_memory<GradientShared<E>>();

@@ -93,7 +93,7 @@ DEVICE_FN void finish_rows(const float (*sum)[kOut + kPad], const CombinePlan& p
 }
 
 template <class E, class W, bool kTransposed>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 1)
     low_rank_combine_kernel(const __grid_constant__ CombinePlan p, const E* rows, const E* z, void* y) {
   auto& shared = shared_memory<CombineShared<E, kTransposed>>();
   const int first = static_cast<int>(blockIdx.x) * kTileRows, column = static_cast<int>(blockIdx.y) * kOut;
