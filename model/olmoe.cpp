@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <unordered_set>
 
+#include "autograd/distillation.h"
 #include "model/block.h"
 #include "runtime/trace.h"
 
@@ -143,6 +144,7 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
   require(batch.labels.defined(), "forward_backward: the batch has no labels");
   TrainLosses losses{.labels = batch.num_labels};
   Loss ce, aux;
+  DistillationLoss distilled;
   Tape tape;
   {
     const TraceRange trace(TraceLevel::kPhase, "forward", batch.tokens());
@@ -167,7 +169,12 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
       slots.push_back(out[2].value);
     }
     x = rms_norm(tape, x, final_norm, config.rms_norm_eps);
-    ce = lm_head_loss(tape, x, lm_head, batch.labels, options.loss_scale, options.compute);
+    if (options.distillation == nullptr) {
+      ce = lm_head_loss(tape, x, lm_head, batch.labels, options.loss_scale, options.compute);
+    } else {
+      distilled = distillation_loss(tape, x, lm_head, batch.labels, *options.distillation,
+                                    {options.loss_scale, options.compute});
+    }
     Tape reporting(false);
     const double aux_scale = options.aux_coef * options.aux_scale;
     aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
@@ -179,7 +186,8 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
   for (const ParameterPtr& p : parameters()) {
     if (p->trainable) p->ensure_grad();
   }
-  losses.ce_sum = ce.value(), losses.aux = aux.value();  // the host waits here and nowhere before
+  losses.aux = aux.value(), losses.kl_sum = distilled.kl_sum;  // the host waits here and nowhere before
+  losses.ce_sum = options.distillation == nullptr ? ce.value() : distilled.ce_sum;
   return losses;
 }
 
