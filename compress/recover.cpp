@@ -8,6 +8,7 @@
 #include "compress/text.h"
 #include "loaders/json.h"
 #include "loaders/output.h"
+#include "model/training_pass.h"
 #include "model/weights.h"
 
 namespace lightmoe {
@@ -190,7 +191,9 @@ TrainerHooks Recovery::hooks(DType saved_dtype) {
     hooks.load_extra = [this](const Json& extra) { restore(extra); };
   }
   hooks.log_fields = [this](const StepStats&) {
-    return Json{{"beta", beta_}, {"weight_bytes", memory_use(MemoryCategory::kWeights).live_bytes}};
+    Json fields = {{"beta", beta_}, {"weight_bytes", memory_use(MemoryCategory::kWeights).live_bytes}};
+    if (options_.distill > 0) fields["kl"] = kl_;
+    return fields;
   };
   // While slots anneal there is no model of fewer parameters to write; the checkpoint's own state is whole either way.
   hooks.save_model = [this, saved_dtype](const std::filesystem::path& directory) {
@@ -201,14 +204,19 @@ TrainerHooks Recovery::hooks(DType saved_dtype) {
 
 TrainLosses Recovery::Observed::forward_backward(const Batch& batch, const TrainOptions& options) {
   const Recovery& r = recovery_;
+  recovery_.kl_ = 0;
   TrainOptions observed = options;
   if (r.pruner_) observed.observer = r.pruner_->observer();
   if (r.teacher_ == nullptr) return r.model_->forward_backward(batch, observed);
   const Distillation distillation{.teacher = r.teacher_->forward(batch, {.compute = options.compute}),
                                   .weight = r.options_.distill,
                                   .temperature = r.options_.distill_temperature};
-  observed.distillation = &distillation;
-  return r.model_->forward_backward(batch, observed);
+  return forward_backward_with(*r.model_, batch, observed, [&](Tape& tape, const Var& states) {
+    const DistillationLoss loss = distillation_loss(tape, states, r.model_->lm_head, batch.labels, distillation,
+                                                    {options.loss_scale, options.compute});
+    recovery_.kl_ = loss.kl_sum / static_cast<double>(std::max<int64_t>(1, batch.num_labels));
+    return [loss] { return loss.ce_sum; };
+  });
 }
 
 std::map<std::string, std::string> Recovery::fingerprint() const {

@@ -59,6 +59,8 @@ class Recovery {
   // Into a directory being prepared: config, tensors, tokenizer files, compression.json with `result`.
   void save(const std::filesystem::path& directory, DType dtype, const Json& result) const;
 
+  // KL(original || model) per label of the last training pass, 0 without a teacher.
+  double teacher_kl() const { return kl_; }
   // Bytes the originals take at this moment.
   int64_t original_bytes() const;
 
@@ -92,6 +94,7 @@ class Recovery {
   std::unique_ptr<Originals> originals_;  // null from beta = 0 on
   std::unique_ptr<TaskPruner> pruner_;    // of methods that choose experts while training
   std::unique_ptr<Olmoe> teacher_;  // with distillation, while the originals are there: their parameters, not copies
+  double kl_ = 0;
   bool finished_ = false;
   Observed trainable_{*this};
 };

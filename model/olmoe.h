@@ -18,8 +18,6 @@
 
 namespace lightmoe {
 
-struct Distillation;  // autograd/distillation.h
-
 struct AttentionWeights {
   ParameterPtr q, k, v, o, q_norm, k_norm;  // [H*Hd,D] [Hkv*Hd,D] [Hkv*Hd,D] [D,H*Hd] [H*Hd] [Hkv*Hd]
 };
@@ -77,16 +75,14 @@ struct TrainOptions {
   double aux_coef = 0;    // times aux_scale: router_aux_loss_coef or a flag
   double aux_scale = 1;   // 1 / micro-batches of the step
   Recompute recompute = Recompute::kNone;
-  double entropy_coef = 0;                     // times aux_scale: of the router probabilities' mean entropy
-  const Observer* observer = nullptr;          // with Recompute::kBlock routers are seen twice
-  const Distillation* distillation = nullptr;  // lives as long as the pass
+  double entropy_coef = 0;             // times aux_scale: of the router probabilities' mean entropy
+  const Observer* observer = nullptr;  // with Recompute::kBlock routers are seen twice
 };
 struct TrainLosses {
   double ce_sum = 0;  // sum over unmasked labels (not scaled)
   int64_t labels = 0;
   double aux = 0;
   double entropy = 0;  // mean over layers and unmasked tokens, only where it is asked for
-  double kl_sum = 0;   // of distillation, over the same labels
 };
 
 class Olmoe {
