@@ -89,7 +89,7 @@ const RegisterVerb verb{
                     "keep what the MoE blocks saw for the sampled tokens (methods that refit or factorise)");
        app.add_flag(
            "--unit-gradients", c.unit_gradients,
-           "squared gradients per unit inside the experts too (a backward pass; f32 gradients of all experts)");
+           "gradients of experts and of units inside them too (a backward pass; f32 gradients of all experts)");
        app.add_option("--seed", c.seed, "of the order of the documents")->capture_default_str();
        app.add_option("--dtype", o->dtype, "weights in memory: auto (as stored), f32, bf16")->capture_default_str();
        app.add_option("--compute", o->compute, "products: f32, or bf16 with f32 sums")->capture_default_str();

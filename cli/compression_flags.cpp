@@ -38,7 +38,21 @@ void add_compression_flags(CLI::App& app, CompressionFlags& f) {
          "--redirect", o.redirect,
          "pruning: a removed slot answers with the survivor most like it (its gate adds up), instead of being masked")
       ->group(group);
-  app.add_option("--adapter-init", f.adapter_init, "gaussian (B = 0), or svd of original - base (not in the paper)")
+  app.add_option(
+         "--importance", f.importance,
+         "what makes an expert important: gate (the paper), reap (mean gate times output norm), taylor (gradients)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_flag("--align", o.align,
+               "permute hidden units of a base's members to its dominant's before the mean (not in the paper)")
+      ->group(group);
+  app.add_option("--rank-allocation", f.rank_allocation,
+                 "equal, or energy: the same sum of ranks where most of what the bases miss is kept (not in the paper)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option(
+         "--adapter-init", f.adapter_init,
+         "gaussian (B = 0), svd of original - base, svd-whitened for the inputs that occur (both not in the paper)")
       ->group(group)
       ->capture_default_str();
   app.add_option("--adapter-std", o.adapter_std, "standard deviation of A (0: 1/sqrt(3 in))")
@@ -63,6 +77,8 @@ MethodOptions method_options(const CompressionFlags& f) {
   o.selection.rule = parse_selection_rule(f.selection);
   o.selection.starved = parse_starved_policy(f.starved);
   o.adapter_init = parse_adapter_init(f.adapter_init);
+  o.selection.importance = parse_importance(f.importance);
+  o.rank_allocation = parse_rank_allocation(f.rank_allocation);
   return o;
 }
 

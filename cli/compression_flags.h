@@ -14,7 +14,8 @@ struct CompressionFlags {
   std::optional<double> ratio, gib;
   std::optional<int64_t> experts_per_layer;
   std::string ratio_of = "model";
-  std::string selection = "adaptive", starved = "unimportant", adapter_init = "gaussian";
+  std::string selection = "adaptive", starved = "unimportant", adapter_init = "gaussian", importance = "gate",
+              rank_allocation = "equal";
   MethodOptions options;
 };
 void add_compression_flags(CLI::App& app, CompressionFlags& flags);

@@ -22,6 +22,7 @@ struct Options {
   std::string compressed, base, frozen_dtype = "f32", anneal_shape = "linear";
   std::optional<double> anneal;
   double anneal_gamma = 3;
+  double distill = 0, distill_temperature = 1;
   bool no_merge = false;
   double entropy_coef = 0;
   TrainingFlags training;
@@ -32,6 +33,9 @@ RecoveryOptions recovery_options(const Options& o, const OlmoeConfig& config, do
       .eps = o.anneal.value_or(default_eps), .shape = parse_anneal_shape(o.anneal_shape), .gamma = o.anneal_gamma};
   annealing.check_valid();
   return {.annealing = annealing,
+          .distill = o.distill,
+          .distill_temperature = o.distill_temperature,
+          .seed = {},
           .merge = !o.no_merge,
           .train_routers = o.entropy_coef > 0,
           .dtype = parse_dtype(o.frozen_dtype, config),
@@ -62,6 +66,7 @@ Json result_json(const Options& o, const Recovery& recovery, const TrainResult& 
                {"loss", result.loss},
                {"anneal", a.eps},
                {"anneal_shape", o.anneal_shape},
+               {"distill", o.distill},
                {"merged", !o.no_merge}};
   if (result.eval_loss) json["eval_loss"] = *result.eval_loss;
   return json;
@@ -122,8 +127,18 @@ const RegisterVerb verb{
        app.add_option("--anneal", o->anneal,
                       "eps of the paper: share of the steps until the originals are gone (default: the method's)")
            ->group(group);
-       app.add_option("--anneal-shape", o->anneal_shape, "linear or exponential")->group(group)->capture_default_str();
+       app.add_option("--anneal-shape", o->anneal_shape,
+                      "linear, exponential, or adaptive: slower while the loss rises")
+           ->group(group)
+           ->capture_default_str();
        app.add_option("--anneal-gamma", o->anneal_gamma, "steepness of exponential")
+           ->group(group)
+           ->capture_default_str();
+       app.add_option("--distill", o->distill,
+                      "weight of the original model's output in the loss while it is in memory (not in the paper)")
+           ->group(group)
+           ->capture_default_str();
+       app.add_option("--distill-temperature", o->distill_temperature, "of both outputs")
            ->group(group)
            ->capture_default_str();
        app.add_flag("--no-merge", o->no_merge, "keep the adapters of experts that were not replaced")->group(group);

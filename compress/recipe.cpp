@@ -43,6 +43,8 @@ void read_training(TomlReader& in, RecipeTraining& t) {
   if (in.read("anneal", anneal)) t.anneal = anneal;
   in.read("anneal_shape", t.anneal_shape);
   in.read("anneal_gamma", t.anneal_gamma);
+  in.read("distill", t.distill);
+  in.read("distill_temperature", t.distill_temperature);
   in.read("merge", t.merge);
   if (t.steps < 1 || t.rows < 1 || t.length < 2 || t.accumulate < 1 || !(t.lr > 0)) {
     in.fail_at("steps", "steps, rows, accumulate and lr must be positive, length at least 2");
@@ -61,6 +63,9 @@ void read_method_options(TomlReader& in, MethodOptions& o) {
   if (in.read("starved", text)) o.selection.starved = parse_starved_policy(text);
   if (in.read("adapter_init", text)) o.adapter_init = parse_adapter_init(text);
   in.read("adapter_std", o.adapter_std);
+  if (in.read("importance", text)) o.selection.importance = parse_importance(text);
+  if (in.read("rank_allocation", text)) o.rank_allocation = parse_rank_allocation(text);
+  in.read("align", o.align);
   if (in.read("ratio_of", text)) {
     if (text == "model")
       o.budget.kind = BudgetKind::kWholeModel;

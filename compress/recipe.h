@@ -27,6 +27,7 @@ struct RecipeTraining {
   std::optional<double> anneal;
   std::string anneal_shape = "linear";
   double anneal_gamma = 3;
+  double distill = 0, distill_temperature = 1;
   bool merge = true;
 };
 

@@ -44,6 +44,9 @@ Json options_to_json(const CompressionRecord& r) {
           {"redirect", o.redirect},
           {"adapter_init", name_of(o.adapter_init)},
           {"adapter_std", o.adapter_std},
+          {"importance", name_of(o.selection.importance)},
+          {"rank_allocation", name_of(o.rank_allocation)},
+          {"align", o.align},
           {"seed", o.seed}};
 }
 
@@ -95,6 +98,7 @@ CompressionRecord read_record(const std::filesystem::path& directory) {
   const Json& stddev = member(options, "adapter_std", name);
   check(stddev.is_number(), ErrorKind::kInput, "{}: \"adapter_std\" is not a number", name);
   r.options.adapter_std = stddev.get<double>();
+  r.options.align = options.value("align", false);  // older records have none
   r.model = text(root, "model", name);
   r.statistics = text(root, "statistics", name);
   const Json& parameters = member(root, "parameters", name);

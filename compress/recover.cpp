@@ -2,65 +2,17 @@
 
 #include <algorithm>
 
+#include "autograd/distillation.h"
 #include "compress/adapter.h"
+#include "compress/originals.h"
 #include "compress/text.h"
-#include "compress/weights.h"
-#include "kernels/gemm.h"
 #include "loaders/json.h"
 #include "loaders/output.h"
+#include "model/training_pass.h"
 #include "model/weights.h"
 
 namespace lightmoe {
 namespace {
-
-struct AdapterPart {
-  ExpertMatrix matrix;
-  Tensor a, b;  // views of the adapter's parameters
-};
-
-// The three factor pairs of an adapter; A of gate and up are rows of one parameter.
-std::vector<AdapterPart> parts_of(const Adapter& adapter) {
-  const int64_t r = adapter.rank();
-  return {{ExpertMatrix::kGate, adapter.a_gate_up->value.slice(0, r), adapter.b_gate->value},
-          {ExpertMatrix::kUp, adapter.a_gate_up->value.slice(r, 2 * r), adapter.b_up->value},
-          {ExpertMatrix::kDown, adapter.a_down->value, adapter.b_down->value}};
-}
-
-// The matrix as rows of an expert's parameters.
-Tensor matrix_of(const Expert& expert, ExpertMatrix matrix) {
-  const int64_t f = expert.gate_up->value.dim(0) / 2;
-  if (matrix == ExpertMatrix::kDown) return expert.down->value;
-  return matrix == ExpertMatrix::kGate ? expert.gate_up->value.slice(0, f) : expert.gate_up->value.slice(f, 2 * f);
-}
-
-bool is_zero(const Tensor& t) {
-  const Tensor x = t.on(DeviceKind::kCpu).to(DType::kF32);
-  return std::all_of(x.data<float>(), x.data<float>() + x.numel(), [](float v) { return v == 0; });
-}
-
-// w += scale B A, computed in f32 and rounded once to w's type.
-void add_product(const Tensor& w, const Tensor& b, const Tensor& a, double scale) {
-  const Tensor sum = w.dtype() == DType::kF32 ? w : w.to(DType::kF32);
-  run(Gemm{.a = b.to(DType::kF32), .b = a.to(DType::kF32), .c = sum, .alpha = scale, .beta = 1});
-  if (w.dtype() != DType::kF32) w.copy_from(sum);
-}
-
-Adapter make_adapter(int64_t d, int64_t f, int64_t rank) {
-  const auto make = [](const Shape& shape) { return make_parameter("", shape, DType::kF32); };
-  return {.a_gate_up = make({2 * rank, d}),
-          .b_gate = make({f, rank}),
-          .b_up = make({f, rank}),
-          .a_down = make({rank, f}),
-          .b_down = make({d, rank})};
-}
-
-ParameterPtr frozen_copy(const std::string& name, const Tensor& value) {
-  auto p = std::make_shared<Parameter>();
-  p->name = name;
-  p->value = value;
-  p->trainable = false;
-  return p;
-}
 
 // Marks what the method trains. Works on declared parameters as well.
 void mark_trainable(const Olmoe& model, const CompressionRecord& record, bool routers) {
@@ -84,77 +36,16 @@ void mark_trainable(const Olmoe& model, const CompressionRecord& record, bool ro
 
 }  // namespace
 
-// The experts that fade, from the base model's files. Adapters that start with an effect keep a copy of their start until the
-// originals are loaded, which happens at the first step that needs them (a run resumed after the annealing never does).
-class Recovery::Originals {
- public:
-  Originals(const std::filesystem::path& base, const Olmoe& model, const CompressionRecord& record, DType dtype)
-      : checkpoint_(base), config_(read_config(base)), source_(checkpoint_, config_), dtype_(dtype) {
-    const std::string fingerprint = model_fingerprint(checkpoint_);
-    check(fingerprint == record.model, ErrorKind::kInput,
-          "{}: not the model that was compressed (fingerprint {}, compression.json has {})", base.string(), fingerprint,
-          record.model);
-    for (size_t l = 0; l < model.blocks.size(); ++l) {
-      const MoeLayer& moe = model.blocks[l].moe;
-      auto& starts = starts_.emplace_back();
-      for (const int32_t slot : record.plan.layers[l].replaced) {
-        const Slot& entry = moe.slots[static_cast<size_t>(slot)];
-        if (!record.plan.layers[l].fades(slot)) continue;
-        Start start{.slot = slot};
-        if (entry.adapter >= 0) {
-          for (const AdapterPart& part : parts_of(moe.adapters[static_cast<size_t>(entry.adapter)])) {
-            if (!is_zero(part.b)) start.parts.push_back({part.matrix, part.a.clone(), part.b.clone()});
-          }
-        }
-        starts.push_back(std::move(start));
-      }
-    }
-  }
-
-  void load(Olmoe& model) {
-    const MemoryScope scope(MemoryCategory::kWeights);
-    for (size_t l = 0; l < model.blocks.size(); ++l) {
-      for (const Start& start : starts_[l])
-        model.blocks[l].moe.annealed.push_back(load_slot(static_cast<int64_t>(l), start));
-    }
-    starts_.clear();
-    loaded = true;
-  }
-
-  bool loaded = false;
-
- private:
-  struct Start {
-    int32_t slot = -1;
-    std::vector<AdapterPart> parts;  // with B0 other than zero
-  };
-
-  AnnealedSlot load_slot(int64_t layer, const Start& start) const {
-    const int64_t f = config_.intermediate_size, d = config_.hidden_size;
-    const DType dtype = start.parts.empty() ? dtype_ : DType::kF32;
-    Expert original{.gate_up = frozen_copy("", Tensor::empty({2 * f, d}, dtype)),
-                    .down = frozen_copy("", Tensor::empty({d, f}, dtype))};
-    for (const ExpertMatrix matrix : kExpertMatrices) {
-      source_.place(layer, start.slot, matrix).read_rows(0, matrix_of(original, matrix));
-    }
-    for (const AdapterPart& part : start.parts) add_product(matrix_of(original, part.matrix), part.b, part.a, -1);
-    return {.slot = start.slot, .original = original};
-  }
-
-  Checkpoint checkpoint_;
-  OlmoeConfig config_;
-  ExpertSource source_;
-  DType dtype_;
-  std::vector<std::vector<Start>> starts_;
-};
-
 Recovery::Recovery(const std::filesystem::path& compressed, const std::filesystem::path& base, int64_t steps,
                    const RecoveryOptions& options)
     : compressed_(compressed), steps_(steps), options_(options), record_(read_record(compressed)) {
   const Method& method = find_method(record_.method);
   annealing_ = options.annealing.value_or(Annealing{.eps = method.anneal});
   annealing_.check_valid();
+  clock_ = AnnealingClock(annealing_, steps);
+  check_distillation();
   model_ = load_model(compressed, options.dtype);
+  if (options.seed) redraw_adapters(*options.seed);
   add_adapters();
   choose_trainable();
   if (record_.plan.experts_to_keep > 0)
@@ -165,6 +56,44 @@ Recovery::Recovery(const std::filesystem::path& compressed, const std::filesyste
 }
 
 Recovery::~Recovery() = default;
+
+void Recovery::check_distillation() const {
+  const double w = options_.distill, t = options_.distill_temperature;
+  check(w >= 0 && w <= 1 && t > 0 && std::isfinite(t), ErrorKind::kUsage,
+        "--distill {:g} --distill-temperature {:g}: expected a weight from 0 to 1 and a temperature above 0", w, t);
+  if (w == 0) return;
+  check(annealing_.eps > 0 && record_.plan.fading() > 0 && record_.plan.fading() == record_.plan.replaced(),
+        ErrorKind::kUsage,
+        "--distill needs the originals of all replaced experts in memory: method {} with --anneal {:g} has {} of {}",
+        record_.method, annealing_.eps, annealing_.eps > 0 ? record_.plan.fading() : 0, record_.plan.replaced());
+}
+
+// Adapters of the plan that start without effect, drawn again; the others hold what compression found.
+void Recovery::redraw_adapters(uint64_t seed) {
+  for (size_t l = 0; l < model_->blocks.size(); ++l) {
+    const LayerPlan& plan = record_.plan.layers[l];
+    for (size_t a = 0; a < plan.adapter_slot.size(); ++a) {
+      const std::vector<AdapterPart> parts = parts_of(model_->blocks[l].moe.adapters[a]);
+      const auto entry = static_cast<size_t>(plan.shape.slots[static_cast<size_t>(plan.adapter_slot[a])].expert);
+      const bool zero_base = plan.bank[entry].is_zero();
+      const bool no_effect =
+          is_zero(parts[2].b) && (zero_base || (is_zero(parts[0].b) && is_zero(parts[1].b)));  // gate, up, down
+      if (!no_effect) continue;
+      for (const AdapterPart& part : parts) {
+        const AdapterSite site{.layer = static_cast<int64_t>(l),
+                               .slot = plan.adapter_slot[a],
+                               .matrix = part.matrix,
+                               .out = part.b.dim(0),
+                               .in = part.a.dim(1),
+                               .rank = part.a.dim(0),
+                               .zero_base = zero_base};
+        const AdapterFactors drawn = gaussian_factors(site, record_.options.adapter_std, seed);
+        part.a.copy_from(drawn.a.to(part.a.dtype()));
+        part.b.copy_from(drawn.b.to(part.b.dtype()));
+      }
+    }
+  }
+}
 
 void Recovery::add_adapters() {
   const std::vector<LayerShape> shapes = with_adapters(record_.plan.shapes(), record_.rank);
@@ -186,7 +115,8 @@ void Recovery::add_adapters() {
                                .out = part.b.dim(0),
                                .in = part.a.dim(1),
                                .rank = record_.rank};
-        const AdapterFactors start = gaussian_factors(site, record_.options.adapter_std, record_.options.seed);
+        const AdapterFactors start =
+            gaussian_factors(site, record_.options.adapter_std, options_.seed.value_or(record_.options.seed));
         part.a.copy_from(start.a);
         part.b.copy_from(start.b);
       }
@@ -215,12 +145,13 @@ int64_t Recovery::original_bytes() const {
 void Recovery::set_beta(double beta) {
   if (beta > 0 && originals_ && !originals_->loaded) {
     originals_->load(*model_);
+    if (options_.distill > 0) teacher_ = originals_->teacher(*model_);
     if (options_.say) options_.say(fmt::format("annealing: {} of originals in memory", human_bytes(original_bytes())));
   }
   if (beta == 0 && originals_) {
     const int64_t before = memory_use(MemoryCategory::kWeights).live_bytes;
     for (Block& block : model_->blocks) block.moe.annealed.clear();
-    originals_.reset();
+    originals_.reset(), teacher_.reset();
     trim_memory_cache();
     const int64_t after = memory_use(MemoryCategory::kWeights).live_bytes;
     if (options_.say && before != after) {
@@ -231,19 +162,38 @@ void Recovery::set_beta(double beta) {
   for (Block& block : model_->blocks) block.moe.beta = originals_ ? beta : 0;
 }
 
+// What is neither in the weights nor a function of the step.
+Json Recovery::state() const {
+  const AnnealingClock::State& clock = clock_.state();
+  Json json = {{"annealing", {clock.progress, clock.mean, clock.lowest}}};
+  if (pruner_) json["pruner"] = pruner_->state();
+  return json;
+}
+
+void Recovery::restore(const Json& state) {
+  const Json& clock = state.at("annealing");
+  clock_.restore({clock.at(0).get<double>(), clock.at(1).get<double>(), clock.at(2).get<double>()});
+  if (pruner_) pruner_->restore(state.at("pruner"));
+}
+
 TrainerHooks Recovery::hooks(DType saved_dtype) {
   TrainerHooks hooks;
-  hooks.before_step = [this](int64_t step) {
-    set_beta(annealing_.beta(step - 1, steps_));
+  const bool adaptive = annealing_.shape == AnnealShape::kAdaptive;
+  hooks.before_step = [this, adaptive](int64_t step) {
+    if (!adaptive) clock_.observe(step - 1, 0);
+    beta_ = clock_.beta();
+    set_beta(beta_);
     if (pruner_) pruner_->before_step(step);
   };
-  if (pruner_) {
-    hooks.save_extra = [this] { return pruner_->state(); };
-    hooks.load_extra = [this](const Json& state) { pruner_->restore(state); };
+  if (adaptive) hooks.after_step = [this](const StepStats& stats) { clock_.observe(stats.step, stats.loss); };
+  if (pruner_ || adaptive) {
+    hooks.save_extra = [this] { return state(); };
+    hooks.load_extra = [this](const Json& extra) { restore(extra); };
   }
-  hooks.log_fields = [this](const StepStats& stats) {
-    return Json{{"beta", annealing_.beta(stats.step - 1, steps_)},
-                {"weight_bytes", memory_use(MemoryCategory::kWeights).live_bytes}};
+  hooks.log_fields = [this](const StepStats&) {
+    Json fields = {{"beta", beta_}, {"weight_bytes", memory_use(MemoryCategory::kWeights).live_bytes}};
+    if (options_.distill > 0) fields["kl"] = kl_;
+    return fields;
   };
   // While slots anneal there is no model of fewer parameters to write; the checkpoint's own state is whole either way.
   hooks.save_model = [this, saved_dtype](const std::filesystem::path& directory) {
@@ -253,9 +203,20 @@ TrainerHooks Recovery::hooks(DType saved_dtype) {
 }
 
 TrainLosses Recovery::Observed::forward_backward(const Batch& batch, const TrainOptions& options) {
+  const Recovery& r = recovery_;
+  recovery_.kl_ = 0;
   TrainOptions observed = options;
-  if (recovery_.pruner_) observed.observer = recovery_.pruner_->observer();
-  return recovery_.model_->forward_backward(batch, observed);
+  if (r.pruner_) observed.observer = r.pruner_->observer();
+  if (r.teacher_ == nullptr) return r.model_->forward_backward(batch, observed);
+  const Distillation distillation{.teacher = r.teacher_->forward(batch, {.compute = options.compute}),
+                                  .weight = r.options_.distill,
+                                  .temperature = r.options_.distill_temperature};
+  return forward_backward_with(*r.model_, batch, observed, [&](Tape& tape, const Var& states) {
+    const DistillationLoss loss = distillation_loss(tape, states, r.model_->lm_head, batch.labels, distillation,
+                                                    {options.loss_scale, options.compute});
+    recovery_.kl_ = loss.kl_sum / static_cast<double>(std::max<int64_t>(1, batch.num_labels));
+    return [loss] { return loss.ce_sum; };
+  });
 }
 
 std::map<std::string, std::string> Recovery::fingerprint() const {
@@ -264,8 +225,9 @@ std::map<std::string, std::string> Recovery::fingerprint() const {
           {"statistics", record_.statistics},
           {"compressed weights", model_fingerprint(Checkpoint(compressed_))},
           {"routers", options_.train_routers ? "trained" : "frozen"},
-          {"annealing", fmt::format("{} {:g} {:g}", annealing_.shape == AnnealShape::kLinear ? "linear" : "exponential",
-                                    annealing_.eps, annealing_.gamma)}};
+          {"annealing", fmt::format("{} {:g} {:g}", name_of(annealing_.shape), annealing_.eps, annealing_.gamma)},
+          {"distillation", fmt::format("{:g} {:g}", options_.distill, options_.distill_temperature)},
+          {"adapters", options_.seed ? fmt::format("seed {}", *options_.seed) : "as compressed"}};
 }
 
 void Recovery::finish() {
@@ -336,7 +298,7 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   estimate.training = estimate_training(config, model->parameters(), tokens_per_pass, recompute);
   const ModelSize size = model_size(config);
   const Annealing annealing = options.annealing.value_or(Annealing{.eps = method.anneal});
-  const bool svd = record.options.adapter_init == AdapterInit::kSvd;
+  const bool svd = record.options.adapter_init != AdapterInit::kGaussian;
   const auto bytes = static_cast<int64_t>(size_of(svd ? DType::kF32 : options.dtype));
   if (annealing.eps > 0) estimate.original_bytes = record.plan.fading() * size.expert * bytes;
   estimate.stored_parameters =

@@ -5,9 +5,12 @@
 //   steps    while beta > 0 replaced slots run as beta W_original + (1-beta) W_base + B A, minus beta B0 A0 where the adapters do not
 //            start at zero (svd), so that the first step is exactly the original model; at beta = 0 the originals leave memory
 //            methods that choose experts while training (compress/task_pruning.h) mask them on the way
+//            where the bases' members were aligned, an original fades with its hidden units in the base's order: the same function
+//   distill  while the originals are in memory they, with the frozen rest, are the original model: its output is the teacher of
+//            autograd/distillation.h. Not in the paper.
 //   after    adapters of slots that own their expert are merged into it (W += B A) and removed, unless told otherwise
-// Everything is a function of the step and of the two directories, so a resumed run continues bit for bit; what a pruner has seen is kept
-// in the checkpoints.
+// Everything is a function of the step and of the two directories, so a resumed run continues bit for bit; what a pruner has seen and
+// the clock of an adaptive annealing are kept in the checkpoints.
 
 #include <filesystem>
 #include <functional>
@@ -24,11 +27,16 @@ namespace lightmoe {
 
 struct RecoveryOptions {
   std::optional<Annealing> annealing;  // absent: the method's
+  double distill = 0;                  // weight of the original model's output in the loss while it is in memory
+  double distill_temperature = 1;
+  std::optional<uint64_t> seed;  // draws adapters that start without effect; absent: what compression drew
   bool merge = true;
   bool train_routers = false;  // beside what the method trains
   DType dtype = DType::kF32;   // of frozen weights in memory
   std::function<void(const std::string&)> say;
 };
+
+class Originals;  // compress/originals.h
 
 class Recovery {
  public:
@@ -51,12 +59,13 @@ class Recovery {
   // Into a directory being prepared: config, tensors, tokenizer files, compression.json with `result`.
   void save(const std::filesystem::path& directory, DType dtype, const Json& result) const;
 
+  // KL(original || model) per label of the last training pass, 0 without a teacher.
+  double teacher_kl() const { return kl_; }
   // Bytes the originals take at this moment.
   int64_t original_bytes() const;
 
  private:
-  class Originals;
-  // Shows every training pass to the pruner, if there is one.
+  // Training passes with what recovery adds to them.
   class Observed : public TrainableModel {
    public:
     explicit Observed(Recovery& recovery) : recovery_(recovery) {}
@@ -66,7 +75,11 @@ class Recovery {
    private:
     Recovery& recovery_;
   };
+  void check_distillation() const;
+  Json state() const;
+  void restore(const Json& state);
   void set_beta(double beta);
+  void redraw_adapters(uint64_t seed);
   void add_adapters();
   void choose_trainable();
 
@@ -76,10 +89,14 @@ class Recovery {
   CompressionRecord record_;
   Annealing annealing_;
   std::unique_ptr<Olmoe> model_;
+  AnnealingClock clock_{annealing_, 0};
+  double beta_ = 0;                       // of the step at hand
   std::unique_ptr<Originals> originals_;  // null from beta = 0 on
   std::unique_ptr<TaskPruner> pruner_;    // of methods that choose experts while training
-  Observed trainable_{*this};
+  std::unique_ptr<Olmoe> teacher_;  // with distillation, while the originals are there: their parameters, not copies
+  double kl_ = 0;
   bool finished_ = false;
+  Observed trainable_{*this};
 };
 
 // Before anything is loaded: parameters, bytes, memory while annealing and after.

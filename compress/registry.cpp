@@ -18,10 +18,22 @@ std::vector<Method>& registered() {
 AdapterInit parse_adapter_init(std::string_view name) {
   if (name == "gaussian") return AdapterInit::kGaussian;
   if (name == "svd") return AdapterInit::kSvd;
-  fail(ErrorKind::kUsage, "adapter-init \"{}\": expected gaussian or svd", name);
+  if (name == "svd-whitened") return AdapterInit::kWhitenedSvd;
+  fail(ErrorKind::kUsage, "adapter-init \"{}\": expected gaussian, svd or svd-whitened", name);
 }
 
-const char* name_of(AdapterInit init) { return init == AdapterInit::kSvd ? "svd" : "gaussian"; }
+const char* name_of(AdapterInit init) {
+  constexpr const char* kNames[] = {"gaussian", "svd", "svd-whitened"};
+  return kNames[static_cast<int>(init)];
+}
+
+RankAllocation parse_rank_allocation(std::string_view name) {
+  if (name == "equal") return RankAllocation::kEqual;
+  if (name == "energy") return RankAllocation::kEnergy;
+  fail(ErrorKind::kUsage, "rank-allocation \"{}\": expected equal or energy", name);
+}
+
+const char* name_of(RankAllocation allocation) { return allocation == RankAllocation::kEnergy ? "energy" : "equal"; }
 
 const char* name_of(Needs needs) {
   switch (needs) {

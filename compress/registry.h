@@ -17,8 +17,16 @@ class ExpertSource;
 
 enum class AdapterInit : uint8_t {
   kGaussian,  // A normal with variance 1 / (3 in), B zero: what LoRA implementations start from, drawn normal as the paper says
-  kSvd,  // best rank-R approximation of original - base. Not in the paper.
+  kSvd,          // best rank-R approximation of original - base. Not in the paper.
+  kWhitenedSvd,  // the same for the inputs that occur (compress/residuals.h); needs a sample of them. Not in the paper.
 };
+// How the replacing methods share out N R adapter ranks over N replaced slots.
+enum class RankAllocation : uint8_t {
+  kEqual,   // R each
+  kEnergy,  // where most of what the bases miss is kept (compress/rank_allocation.h). Not in the paper.
+};
+RankAllocation parse_rank_allocation(std::string_view name);
+const char* name_of(RankAllocation allocation);
 AdapterInit parse_adapter_init(std::string_view name);
 const char* name_of(AdapterInit init);
 
@@ -30,6 +38,9 @@ struct MethodOptions {
   int64_t method_rank = 0;  // R of the method at hand; 0 = as many trainable parameters as LightMoE with M and R
   AdapterInit adapter_init = AdapterInit::kGaussian;
   double adapter_std = 0;  // of A; 0 = 1 / sqrt(3 in)
+  RankAllocation rank_allocation = RankAllocation::kEqual;
+  bool align =
+      false;  // hidden units of a base's members are permuted to its dominant's before the mean. Not in the paper.
   uint64_t seed = 1;
   // Pruning: a removed slot answers with the survivor most like it instead of being masked (arXiv 2605.13997, compress/pruning.h).
   bool redirect = false;

@@ -4,6 +4,7 @@
 
 #include "compress/expert_sample.h"
 #include "compress/linear_algebra.h"
+#include "compress/merging.h"
 #include "compress/weights.h"
 
 namespace lightmoe {
@@ -11,31 +12,42 @@ namespace {
 
 constexpr double kRidge = 1e-2;
 
+const Tensor& matrix_of(const ExpertMatrices& expert, ExpertMatrix matrix) {
+  return matrix == ExpertMatrix::kGate ? expert.gate : matrix == ExpertMatrix::kUp ? expert.up : expert.down;
+}
+
 }  // namespace
 
-const Tensor& Residuals::base_matrix(const Site& site, const BankEntry& base) {
-  const auto [place, is_new] = bases_.try_emplace({base.experts, site.matrix});
+const ExpertMatrices& Residuals::base_of(const Site& site, const BankEntry& base) {
+  if (site.layer != bases_layer_) bases_.clear(), bases_layer_ = site.layer;
+  const auto [place, is_new] = bases_.try_emplace(base.experts);
   if (!is_new) return place->second;
-  const std::vector<int64_t> shape = expert_matrix_shape(input_.config, site.matrix);
-  place->second = Tensor::zeros({shape[0], shape[1]}, DType::kF64);
-  for (size_t i = 0; i < base.experts.size(); ++i) {
-    const Tensor w = input_.experts->place(site.layer, base.experts[i], site.matrix).read(DType::kF64);
-    for (int64_t k = 0; k < w.numel(); ++k) {
-      place->second.data<double>()[k] += base.weights[i] * w.data<double>()[k];
-    }
+  if (!base.is_zero()) return place->second = merged_expert(input_, site.layer, base, {.align = input_.options.align});
+  const int64_t d = input_.config.hidden_size, f = input_.config.intermediate_size;
+  const auto zeros = [](int64_t m, int64_t n) { return Tensor::zeros({m, n}, DType::kF64); };
+  return place->second = {.gate = zeros(f, d), .up = zeros(f, d), .down = zeros(d, f)};
+}
+
+const ExpertMatrices& Residuals::expert_of(const Site& site, const BankEntry& base) {
+  if (expert_ == std::pair(site.layer, site.expert)) return own_;
+  own_ = read_expert(*input_.experts, site.layer, site.expert, DType::kF64);
+  if (input_.options.align && base.experts.size() > 1 && base.experts[0] != site.expert) {
+    const ExpertMatrices first = read_expert(*input_.experts, site.layer, base.experts[0], DType::kF64);
+    own_ = with_units(own_, aligned_units(first, own_));
   }
-  return place->second;
+  expert_ = {site.layer, site.expert};
+  return own_;
 }
 
 LowRank Residuals::factorise(const Site& site, const BankEntry& base, int64_t rank) {
-  const Tensor delta = input_.experts->place(site.layer, site.expert, site.matrix).read(DType::kF64);
-  const Tensor& mean = base_matrix(site, base);
+  const ExpertMatrices& own = expert_of(site, base);
+  const Tensor delta = matrix_of(own, site.matrix).clone();
+  const Tensor& mean = matrix_of(base_of(site, base), site.matrix);
   for (int64_t k = 0; k < delta.numel(); ++k) delta.data<double>()[k] -= mean.data<double>()[k];
   if (!whitened_) return best_low_rank(delta, rank, input_.options.seed);
-  Tensor x = routed_rows(layer_sample(input_, site.layer), {site.expert}).to(DType::kF64);
-  if (site.matrix == ExpertMatrix::kDown) {
-    x = expert_hidden(read_expert(*input_.experts, site.layer, site.expert, DType::kF64), x);
-  }
+  if (sample_layer_ != site.layer) sample_ = layer_sample(input_, site.layer), sample_layer_ = site.layer;
+  Tensor x = routed_rows(sample_, {site.expert}).to(DType::kF64);
+  if (site.matrix == ExpertMatrix::kDown) x = expert_hidden(own, x);
   const Tensor l = cholesky(with_ridge(product(x, true, x, false), kRidge));
   LowRank best = best_low_rank(product(delta, false, l, false), rank, input_.options.seed);
   best.a = solve_right(l, best.a, true);
@@ -43,9 +55,13 @@ LowRank Residuals::factorise(const Site& site, const BankEntry& base, int64_t ra
 }
 
 Tensor Residuals::factor(const Site& site, const BankEntry& base, int64_t rank, bool b) {
-  if (site.layer != last_.layer) bases_.clear();
-  if (!(site == last_)) factors_ = factorise(site, base, rank), last_ = site;
+  if (last_ != site) factors_ = factorise(site, base, rank), last_ = site;
   return b ? factors_.b : factors_.a;
+}
+
+std::vector<double> Residuals::singular_values(const Site& site, const BankEntry& base, int64_t count) {
+  last_.reset();
+  return factorise(site, base, count).singular_values;
 }
 
 void add_residual_adapters(Plan& plan, const MethodInput& input, bool whitened) {

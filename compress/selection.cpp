@@ -5,6 +5,7 @@
 #include <functional>
 #include <numeric>
 
+#include "compress/expert_scores.h"
 #include "compress/text.h"
 
 namespace lightmoe {
@@ -23,9 +24,25 @@ StarvedPolicy parse_starved_policy(std::string_view name) {
   fail(ErrorKind::kUsage, "starved \"{}\": expected unimportant, keep or error", name);
 }
 
-std::vector<double> gate_scores(const LayerStatistics& layer) {
-  const double sum = std::accumulate(layer.gate_mass.begin(), layer.gate_mass.end(), 0.0);
+Importance parse_importance(std::string_view name) {
+  for (const Importance known : {Importance::kGate, Importance::kReap, Importance::kTaylor}) {
+    if (name == name_of(known)) return known;
+  }
+  fail(ErrorKind::kUsage, "importance \"{}\": expected gate, reap or taylor", name);
+}
+
+const char* name_of(Importance importance) {
+  constexpr const char* kNames[] = {"gate", "reap", "taylor"};
+  return kNames[static_cast<int>(importance)];
+}
+
+std::vector<double> gate_scores(const LayerStatistics& layer) { return importance_scores(layer, Importance::kGate); }
+
+std::vector<double> importance_scores(const LayerStatistics& layer, Importance importance) {
   std::vector<double> scores = layer.gate_mass;
+  if (importance == Importance::kTaylor) scores = layer.taylor.empty() ? std::vector(scores.size(), 0.0) : layer.taylor;
+  if (importance == Importance::kReap) scores = expert_scores(layer, {.mean = 1, .gate = 1, .norm = 1});
+  const double sum = std::accumulate(scores.begin(), scores.end(), 0.0);
   for (double& g : scores) g = sum > 0 ? g / sum : 1.0 / static_cast<double>(scores.size());
   return scores;
 }
@@ -51,7 +68,8 @@ struct Candidates {
   std::vector<double> cumulative;  // sum of G of the first i + 1
 };
 
-std::vector<Candidates> candidates_of(const Statistics& statistics, StarvedPolicy policy) {
+std::vector<Candidates> candidates_of(const Statistics& statistics, const SelectionOptions& options) {
+  const StarvedPolicy policy = options.starved;
   const auto starved = starved_slots(statistics);
   std::vector<Candidates> layers;
   for (size_t l = 0; l < statistics.layers.size(); ++l) {
@@ -59,7 +77,7 @@ std::vector<Candidates> candidates_of(const Statistics& statistics, StarvedPolic
           "layer {}: no calibration token reached experts {}; calibrate on more data, or say --starved keep or "
           "unimportant",
           l, joined(starved[l]));
-    const std::vector<double> scores = gate_scores(statistics.layers[l]);
+    const std::vector<double> scores = importance_scores(statistics.layers[l], options.importance);
     Candidates& c = layers.emplace_back();
     for (int64_t e = 0; e < statistics.num_slots; ++e) {
       const bool is_starved = statistics.layers[l].count[static_cast<size_t>(e)] == 0;
@@ -123,7 +141,7 @@ Selection select_uniform(const std::vector<Candidates>& layers, const Replacemen
 
 Selection select_by_threshold(const Statistics& statistics, const SelectionOptions& options,
                               const ReplacementCost& cost, double p) {
-  const std::vector<Candidates> layers = candidates_of(statistics, options.starved);
+  const std::vector<Candidates> layers = candidates_of(statistics, options);
   const std::vector<double> norms = norm_factors(statistics);
   Selection selection = make_selection(layers, counts_by_threshold(layers, norms, options, cost, p));
   selection.base_threshold = p;
@@ -135,7 +153,7 @@ Selection select_slots(const Statistics& statistics, const SelectionOptions& opt
                        int64_t target) {
   check(options.alpha >= 0 && options.clip >= 0 && options.clip < 1, ErrorKind::kUsage,
         "alpha {:g}, clip {:g}: expected alpha >= 0 and 0 <= clip < 1", options.alpha, options.clip);
-  const std::vector<Candidates> layers = candidates_of(statistics, options.starved);
+  const std::vector<Candidates> layers = candidates_of(statistics, options);
   if (total_parameters(Counts(layers.size(), 0), cost) <= target) {
     return make_selection(layers, Counts(layers.size(), 0));
   }

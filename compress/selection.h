@@ -21,6 +21,12 @@ enum class SelectionRule : uint8_t {
   kAverage,   // the same threshold for every layer
   kUniform,   // the same number of slots in every layer
 };
+// What G is made of. The paper's is the gate mass; the others are not in the paper.
+enum class Importance : uint8_t {
+  kGate,    // sum g
+  kReap,    // mean of g ||f|| over the slot's tokens (arXiv 2510.13999)
+  kTaylor,  // first-order change of the loss without the slot (compress/unit_gradients.h)
+};
 enum class StarvedPolicy : uint8_t {
   kUnimportant,  // no token: score 0, replaced first
   kKeep,         // never replaced
@@ -28,14 +34,19 @@ enum class StarvedPolicy : uint8_t {
 };
 SelectionRule parse_selection_rule(std::string_view name);  // Error(kUsage) listing the names
 StarvedPolicy parse_starved_policy(std::string_view name);
+Importance parse_importance(std::string_view name);
+const char* name_of(Importance importance);
 
 struct SelectionOptions {
   SelectionRule rule = SelectionRule::kAdaptive;
   double alpha = 0.3;
   double clip = 0.2;
   StarvedPolicy starved = StarvedPolicy::kUnimportant;
+  Importance importance = Importance::kGate;
 };
 
+// G by another measure of importance: also sums to 1, uniform where all is 0.
+std::vector<double> importance_scores(const LayerStatistics& layer, Importance importance);
 std::vector<double> gate_scores(const LayerStatistics& layer);  // G, sums to 1; uniform when the layer saw nothing
 std::vector<double> norm_factors(const Statistics& statistics);
 double layer_threshold(double p, double norm, const SelectionOptions& options);

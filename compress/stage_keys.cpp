@@ -27,41 +27,48 @@ bool is_done(const std::filesystem::path& key_file, const std::string& key) {
   return std::filesystem::exists(key_file) && read_file(key_file, 1024) == key + "\n";
 }
 
+// NOTE: settings that came after the first results stand in a key only where they are used, so that those results remain.
 Json to_json(const RecipeTraining& t) {
-  return {{"steps", t.steps},
-          {"rows", t.rows},
-          {"length", t.length},
-          {"accumulate", t.accumulate},
-          {"pack", t.pack},
-          {"lr", t.lr},
-          {"schedule", t.schedule},
-          {"warmup", t.warmup},
-          {"min_lr_ratio", t.min_lr_ratio},
-          {"weight_decay", t.weight_decay},
-          {"clip", t.clip},
-          {"aux_coef", t.aux_coef},
-          {"entropy_coef", t.entropy_coef},
-          {"betas", {t.beta1, t.beta2}},
-          {"anneal", t.anneal ? Json(*t.anneal) : Json(nullptr)},
-          {"anneal_shape", t.anneal_shape},
-          {"anneal_gamma", t.anneal_gamma},
-          {"merge", t.merge},
-          {"eval_every", t.eval_every}};
+  Json json = {{"steps", t.steps},
+               {"rows", t.rows},
+               {"length", t.length},
+               {"accumulate", t.accumulate},
+               {"pack", t.pack},
+               {"lr", t.lr},
+               {"schedule", t.schedule},
+               {"warmup", t.warmup},
+               {"min_lr_ratio", t.min_lr_ratio},
+               {"weight_decay", t.weight_decay},
+               {"clip", t.clip},
+               {"aux_coef", t.aux_coef},
+               {"betas", {t.beta1, t.beta2}},
+               {"anneal", t.anneal ? Json(*t.anneal) : Json(nullptr)},
+               {"anneal_shape", t.anneal_shape},
+               {"anneal_gamma", t.anneal_gamma},
+               {"merge", t.merge},
+               {"eval_every", t.eval_every}};
+  if (t.entropy_coef != 0) json["entropy_coef"] = t.entropy_coef;
+  if (t.distill > 0) json["distill"] = {t.distill, t.distill_temperature};
+  return json;
 }
 
 Json to_json(const MethodOptions& o) {
-  return {{"budget", describe(o.budget)},
-          {"bases", o.bases},
-          {"rank", o.rank},
-          {"method_rank", o.method_rank},
-          {"rule", static_cast<int>(o.selection.rule)},
-          {"alpha", o.selection.alpha},
-          {"clip", o.selection.clip},
-          {"starved", static_cast<int>(o.selection.starved)},
-          {"init", name_of(o.adapter_init)},
-          {"std", o.adapter_std},
-          {"seed", o.seed},
-          {"redirect", o.redirect}};
+  Json json = {{"budget", describe(o.budget)},
+               {"bases", o.bases},
+               {"rank", o.rank},
+               {"method_rank", o.method_rank},
+               {"rule", static_cast<int>(o.selection.rule)},
+               {"alpha", o.selection.alpha},
+               {"clip", o.selection.clip},
+               {"starved", static_cast<int>(o.selection.starved)},
+               {"init", name_of(o.adapter_init)},
+               {"std", o.adapter_std},
+               {"seed", o.seed}};
+  if (o.selection.importance != Importance::kGate) json["importance"] = name_of(o.selection.importance);
+  if (o.rank_allocation != RankAllocation::kEqual) json["rank_allocation"] = name_of(o.rank_allocation);
+  if (o.redirect) json["redirect"] = true;
+  if (o.align) json["align"] = true;
+  return json;
 }
 
 StageLock::StageLock(const std::filesystem::path& file)

@@ -82,8 +82,12 @@ const TaskData& Stages::data(size_t index) {
 }
 
 bool Stages::needs(bool (*what)(Needs)) const {
-  return std::any_of(recipe_.methods.begin(), recipe_.methods.end(),
-                     [what](const RecipeMethod& m) { return what(find_method(m.method).needs); });
+  return std::any_of(recipe_.methods.begin(), recipe_.methods.end(), [what](const RecipeMethod& m) {
+    const bool whitened = m.options.adapter_init == AdapterInit::kWhitenedSvd;
+    const bool taylor = m.options.selection.importance == Importance::kTaylor;
+    return what(find_method(m.method).needs) || (whitened && what(Needs::kInputs)) ||
+           (taylor && what(Needs::kUnitGradients));
+  });
 }
 
 std::string Stages::statistics_key(size_t task) {
@@ -209,6 +213,9 @@ bool Stages::train_back(const RunPlan& plan, const RecipeTraining& t) {
   Recovery recovery(
       compressed_directory(plan) / "compressed", recipe_.model, t.steps,
       {.annealing = Annealing{.eps = eps, .shape = parse_anneal_shape(t.anneal_shape), .gamma = t.anneal_gamma},
+       .distill = t.distill,
+       .distill_temperature = t.distill_temperature,
+       .seed = static_cast<uint64_t>(plan.seed),
        .merge = t.merge,
        .train_routers = t.entropy_coef > 0});
   TrainerOptions options = trainer_options(t, directory);

@@ -54,6 +54,7 @@ void add(LayerStatistics& to, const LayerStatistics& from) {
   add(to.routed_output2, from.routed_output2);
   add(to.all_output, from.all_output);
   add(to.unit_gradient2, from.unit_gradient2);
+  add(to.taylor, from.taylor);
   to.logit_norm += from.logit_norm;
   const bool inputs = (from.sample_inputs.empty() == from.sample_logits.empty()) &&
                       (to.sample_inputs.empty() == to.sample_logits.empty());  // both parts have them

@@ -25,6 +25,7 @@ struct LayerStatistics {
   std::vector<double> routed_output2;     // [E*D] sum f^2, element by element, over routed tokens; empty in old files
   std::vector<double> all_output;         // [E*D] sum f over all tokens, empty unless asked for
   std::vector<double> unit_gradient2;     // [E*F] compress/unit_gradients.h, empty unless asked for
+  std::vector<double> taylor;             // [E] of the same pass, empty unless asked for
   double logit_norm = 0;                  // sum over tokens of ||router logits||_2
   std::vector<float> sample_logits;       // [N*E] router logits of the token sample
   std::vector<float> sample_inputs;       // [N*D] what the MoE block saw for the same tokens, empty unless asked for

@@ -31,6 +31,7 @@ constexpr Field kFields[] = {
     {"routed_output2", &LayerStatistics::routed_output2, Extent::kHidden, true},
     {"all_output", &LayerStatistics::all_output, Extent::kHidden, true, true},
     {"unit_gradient2", &LayerStatistics::unit_gradient2, Extent::kUnits, true},
+    {"taylor", &LayerStatistics::taylor, Extent::kSlots, true},
 };
 
 // `units`: F of the file or of the values.

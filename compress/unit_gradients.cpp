@@ -65,12 +65,23 @@ void add_squares(const Expert& expert, double* score) {
   }
 }
 
+double first_order_change(const Parameter& down) {
+  const Tensor w = down.value.to(DType::kF32);
+  double sum = 0;
+  for (int64_t i = 0; i < w.numel(); ++i)
+    sum += static_cast<double>(w.data<float>()[i]) * static_cast<double>(down.grad.data<float>()[i]);
+  return std::abs(sum);
+}
+
 }  // namespace
 
 void add_unit_gradients(const Olmoe& model, const std::vector<std::vector<int32_t>>& sequences, GemmCompute compute,
                         Statistics& statistics) {
   const auto units = static_cast<size_t>(model.config.num_experts * model.config.intermediate_size);
-  for (LayerStatistics& layer : statistics.layers) layer.unit_gradient2.resize(units, 0.0);
+  for (LayerStatistics& layer : statistics.layers) {
+    layer.unit_gradient2.resize(units, 0.0);
+    layer.taylor.resize(static_cast<size_t>(model.config.num_experts), 0.0);
+  }
   const ExpertsAlone experts_alone(model);
   Olmoe trained = model;  // the same parameters
   for (const std::vector<int32_t>& ids : sequences) {
@@ -80,9 +91,10 @@ void add_unit_gradients(const Olmoe& model, const std::vector<std::vector<int32_
                              {.compute = compute, .loss_scale = 1 / static_cast<double>(ids.size() - 1)});
     for (size_t l = 0; l < model.blocks.size(); ++l) {
       const std::vector<Expert>& experts = model.blocks[l].moe.experts;
-      double* scores = statistics.layers[l].unit_gradient2.data();
+      double *scores = statistics.layers[l].unit_gradient2.data(), *taylor = statistics.layers[l].taylor.data();
       parallel_items(static_cast<int64_t>(experts.size()), [&](int64_t e) {
         add_squares(experts[static_cast<size_t>(e)], scores + e * model.config.intermediate_size);
+        taylor[e] += first_order_change(*experts[static_cast<size_t>(e)].down);
       });
     }
   }

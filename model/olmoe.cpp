@@ -4,6 +4,7 @@
 #include <unordered_set>
 
 #include "model/block.h"
+#include "model/training_pass.h"
 #include "runtime/trace.h"
 
 namespace lightmoe {
@@ -142,13 +143,21 @@ Tensor Olmoe::logits(const Tensor& hidden, const ForwardOptions& options) const 
 }
 
 TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& options) {
+  return forward_backward_with(*this, batch, options, [&](Tape& tape, const Var& states) {
+    const Loss ce = lm_head_loss(tape, states, lm_head, batch.labels, options.loss_scale, options.compute);
+    return [ce] { return ce.value(); };
+  });
+}
+
+TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainOptions& options, const LossRoot& root) {
   require(batch.labels.defined(), "forward_backward: the batch has no labels");
   TrainLosses losses{.labels = batch.num_labels};
-  Loss ce, aux;
+  std::function<double()> ce;
+  Loss aux;
   Tape tape;
   {
     const TraceRange trace(TraceLevel::kPhase, "forward", batch.tokens());
-    BlockContext context{.config = config,
+    BlockContext context{.config = model.config,
                          .positions = batch.positions,
                          .sequences = batch.sequences,
                          .compute = options.compute,
@@ -156,11 +165,11 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
                          .observer = options.observer};
     std::vector<Var> probs;
     std::vector<Tensor> slots;
-    Var x = lightmoe::embedding(tape, batch.ids, embedding);
-    for (size_t l = 0; l < blocks.size(); ++l) {
+    Var x = embedding(tape, batch.ids, model.embedding);
+    for (size_t l = 0; l < model.blocks.size(); ++l) {
       context.layer = static_cast<int>(l);
       const Recompute inside = options.recompute;
-      const auto run_block = [&block = blocks[l], context, inside](Tape& t, const std::vector<Var>& in) {
+      const auto run_block = [&block = model.blocks[l], context, inside](Tape& t, const std::vector<Var>& in) {
         return block_forward(t, in[0], block, context, inside);
       };
       std::vector<Var> out = inside == Recompute::kBlock ? tape.checkpoint({x}, run_block) : run_block(tape, {x});
@@ -168,8 +177,8 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
       probs.push_back(out[1]);
       slots.push_back(out[2].value);
     }
-    x = rms_norm(tape, x, final_norm, config.rms_norm_eps);
-    ce = lm_head_loss(tape, x, lm_head, batch.labels, options.loss_scale, options.compute);
+    x = rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
+    ce = root(tape, x);
     Tape reporting(false);
     const double aux_scale = options.aux_coef * options.aux_scale;
     aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
@@ -178,10 +187,10 @@ TrainLosses Olmoe::forward_backward(const Batch& batch, const TrainOptions& opti
   }
   const TraceRange trace(TraceLevel::kPhase, "backward", batch.tokens());
   tape.backward();
-  for (const ParameterPtr& p : parameters()) {
+  for (const ParameterPtr& p : model.parameters()) {
     if (p->trainable) p->ensure_grad();
   }
-  losses.ce_sum = ce.value(), losses.aux = aux.value();  // the host waits here and nowhere before
+  losses.ce_sum = ce(), losses.aux = aux.value();  // the host waits here and nowhere before
   return losses;
 }
 

@@ -1,0 +1,26 @@
+#pragma once
+// A root of backward (autograd/ops.h): the loss of a model that also learns another one's output.
+
+#include "autograd/tape.h"
+#include "kernels/gemm.h"
+
+namespace lightmoe {
+
+// Towards another model's output: over labelled rows, scale * sum of (1 - weight) CE + weight T^2 KL(softmax(t / T) || softmax(z / T)), z and
+// t the logits that the same frozen LM head w makes of x and of the teacher's final states (T^2 keeps the gradient's size, Hinton
+// et al. 1503.02531). On the CPU only; w [V,D] must be frozen (Error(kUsage)).
+struct Distillation {
+  Tensor teacher;  // [T,D], of x's type
+  double weight = 0.5, temperature = 1;
+};
+struct LossScale {
+  double scale = 1;
+  GemmCompute compute = GemmCompute::kF32;
+};
+struct DistillationLoss {
+  double ce_sum = 0, kl_sum = 0;  // over labelled rows, not scaled
+};
+DistillationLoss distillation_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& labels,
+                                   const Distillation& distillation, const LossScale& scale);
+
+}  // namespace lightmoe
