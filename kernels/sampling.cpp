@@ -87,7 +87,7 @@ int32_t sample_row(std::span<const float> logits, const SamplingRule& rule, uint
   std::vector<Candidate> candidates;
   candidates.reserve(logits.size());
   for (size_t i = 0; i < logits.size(); ++i) {
-    const double share = std::exp((static_cast<double>(logits[i]) - largest) / rule.temperature);
+    const double share = std::exp((static_cast<double>(logits[i]) - largest) * (1 / rule.temperature));
     const auto weight = static_cast<uint64_t>(kSamplingUnit * share);
     if (weight > 0) candidates.push_back({logits[i], static_cast<int32_t>(i), weight});
   }

@@ -38,9 +38,9 @@ struct Kept {
 struct Row {
   const float* logits;
   int count;
-  double largest, temperature;
+  double largest, inverse_temperature;
   DEVICE_FN Mass weight(float logit) const {
-    return static_cast<Mass>(kSamplingUnit * std::exp((static_cast<double>(logit) - largest) / temperature));
+    return static_cast<Mass>(kSamplingUnit * std::exp((static_cast<double>(logit) - largest) * inverse_temperature));
   }
 };
 
@@ -143,16 +143,26 @@ DEVICE_FN void keep_top_p(const Row& row, double top_p, SampleShared& shared, Ke
   const Mass target = mass_of(top_p, total);
   kept.key = threshold(row, target, weight, shared, &above);
   const Mass at = row.weight(logit_of(kept.key));
-  kept.ties = static_cast<int64_t>((target - above + at - 1) / at);
+  // ceil((target - above) / at) by halves: a division of 64 bits is a call, around which registers spill.
+  int low = 0, high = row.count;
+  while (low < high) {
+    const int middle = (low + high) >> 1;
+    if (above + static_cast<Mass>(middle) * at >= target) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  kept.ties = low;
 }
 
 // A block has one row.
-__global__ void __launch_bounds__(kThreads)
-    sample_kernel(const float* logits, int width, int allowed, SamplingRule rule, const int* streams, int* draws,
-                  int* tokens) {
+__global__ void __launch_bounds__(kThreads, 2)
+    sample_kernel(const float* logits, int width, int allowed, SamplingRule rule, double inverse_temperature,
+                  const int* streams, int* draws, int* tokens) {
   auto& shared = shared_memory<SampleShared>();
   const int n = static_cast<int>(blockIdx.x);
-  Row row{logits + static_cast<int64_t>(n) * width, allowed, 0, rule.temperature};
+  Row row{logits + static_cast<int64_t>(n) * width, allowed, 0, inverse_temperature};
   bool bad = false;
   Mass best = 0;  // key, then the lower id
   for (int i = static_cast<int>(threadIdx.x); i < allowed; i += kThreads) {
@@ -200,7 +210,8 @@ void sample_device(const SampleTokens& op) {
                          .threads = {kThreads},
                          .shared_bytes = sizeof(SampleShared)},
                         op.logits.data<float>(), static_cast<int>(op.logits.dim(1)), static_cast<int>(op.allowed),
-                        op.rule, op.streams.data<int32_t>(), op.draws.data<int32_t>(), op.tokens.data<int32_t>());
+                        op.rule, op.rule.temperature > 0 ? 1 / op.rule.temperature : 0.0, op.streams.data<int32_t>(),
+                        op.draws.data<int32_t>(), op.tokens.data<int32_t>());
 }
 
 void advance_device(const AdvanceSequences& op) {

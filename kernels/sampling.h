@@ -4,7 +4,7 @@
 //   else                     softmax(logits / temperature) over the kept ids, drawn by the inverse of its distribution function
 // Kept ids, in this order (as Hugging Face's TopK and TopP warpers): the top_k largest logits (ties to the lower id; 0 = all), then the
 // shortest prefix in order of logit whose weight, renormalised after top-k, reaches top_p (the id that crosses is kept).
-// Weights are integers, floor(2^40 exp((logit - largest) / temperature)), exp in f64: sums do not depend on their order, so every device
+// Weights are integers, floor(2^40 exp((logit - largest) (1 / temperature))), exp in f64: sums do not depend on their order, so every device
 // keeps the same ids and draws the same token (a GPU's exp may differ in its last bit, which moves a weight by 2^-40 at most).
 // Row n's draw is Philox(seed, streams[n])'s 64-bit value number draws[n], u: the id at floor(u total / 2^64) in order of ids; then
 // draws[n] += 1. Greedy draws nothing. -inf never wins; a row that holds NaN or +inf, or -inf alone, gives token -1.

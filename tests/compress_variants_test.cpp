@@ -69,6 +69,7 @@ TEST(Variants, TaylorImportanceIsTheLossWithoutTheExpert) {
   }
   EXPECT_EQ(checked, 3);
   TinyModel bare(1, [](int64_t, int64_t, ExpertMatrix, int64_t, int64_t) { return 1.f; });
+  bare.options.bases = 1;
   bare.options.selection.importance = Importance::kTaylor;
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"--importance taylor needs gradients", "--unit-gradients"},
                          [&] { bare.plan("lightmoe"); }));
@@ -175,6 +176,7 @@ TEST(Variants, WhitenedStartIsTheTrainFreeMethods) {
   EXPECT_NE(testing::get_file(where / "flag" / "model.safetensors"),
             testing::get_file(where / "plain" / "model.safetensors"));
   TinyModel bare(1, [](int64_t, int64_t, ExpertMatrix, int64_t, int64_t) { return 1.f; });
+  bare.options.bases = 1;
   bare.options.adapter_init = AdapterInit::kWhitenedSvd;
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"svd-whitened needs a sample of inputs", "--sample-inputs"},
                          [&] { bare.plan("lightmoe"); }));

@@ -7,6 +7,7 @@
 #include "autograd/distillation.h"
 #include "autograd/gradcheck.h"
 #include "runtime/philox.h"
+#include "tests/support/files.h"
 #include "tests/support/testing.h"
 
 namespace lightmoe {
