@@ -67,14 +67,16 @@ Var run_blocks(Tape& tape, const Olmoe& model, const Batch& batch, const std::ve
   return rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
 }
 
-// lambda || h - original ||_F; the gradient at distance 0 is taken as 0.
+// lambda || h - original ||_F / || original ||_F; the gradient at distance 0 is taken as 0.
 double add_distance(Tape& tape, const Var& h, const Tensor& original, double lambda) {
-  double squares = 0;
+  double squares = 0, size = 0;
   const float *a = h.value.data<float>(), *b = original.data<float>();
   for (int64_t i = 0; i < original.numel(); ++i) {
     const double difference = static_cast<double>(a[i]) - static_cast<double>(b[i]);
     squares += difference * difference;
+    size += static_cast<double>(b[i]) * static_cast<double>(b[i]);
   }
+  lambda /= std::sqrt(size);
   const double distance = std::sqrt(squares);
   if (distance == 0 || !h.needs_grad()) return lambda * distance;
   tape.record([slot = h.grad, value = h.value, original, factor = lambda / distance] {

@@ -1,7 +1,8 @@
 #pragma once
 // The learned part of DiEP (arXiv 2509.16105): importance of every expert and layer by gradient descent, weights frozen.
 //   a gate of expert i in layer l is multiplied by  beta_l E softmax(alpha_l)_i   (1 at the start: the original model)
-//   loss = cross-entropy of the sample's next tokens + lambda || H' - H ||_F,  H, H' final hidden states without and with these factors
+//   loss = cross-entropy of the sample's next tokens + lambda || H' - H ||_F / || H ||_F
+//          H, H' final hidden states without and with these factors
 //   three steps on alpha, one on beta, and so on; plain gradient descent, cosine learning rate
 
 #include <cstdint>
