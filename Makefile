@@ -240,7 +240,7 @@ cuda:
 GPU_TREE := build/gpu-tree
 gpu-build: setup
 	@$(MAKE) --no-print-directory CUDA=1 ARCH=x86-64-v3 BUILD=$(GPU_TREE) CUDA_ARCHITECTURES="-gencode arch=compute_90a,code=sm_90a" \
-	  $(addprefix $(GPU_TREE)/,device-tests model-device-tests lightmoe-bench lightmoe)
+	  $(addprefix $(GPU_TREE)/,device-tests model-device-tests lightmoe-bench lightmoe demo-generate_data)
 	@scripts/gpu_pack.sh $(GPU_TREE) build/gpu $(VERSION)
 gpu-check: $(if $(wildcard build/gpu/device-tests),,gpu-build)
 	@scripts/gpu_check.sh

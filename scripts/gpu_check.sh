@@ -1,44 +1,109 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command: device and clocks, every op and model test on the GPU, the same under
-# compute-sanitizer for the small ones, then the benchmarks; logs and JSON into $OUT (build/gpu-check when unset).
-# Runs the programs of `make gpu-build` (build/gpu, which holds the libraries they need, too: a machine with nothing but a driver runs
-# them). Every part runs even when one before it failed; the exit status says whether all passed.
+# Everything that wants a GPU, in one command: every op and model test on the GPU, small ones under compute-sanitizer, training curves of
+# CPU and GPU side by side, the demo, the benchmarks. Into $OUT (build/gpu-check when unset) go summary.txt, device.csv, ops.json,
+# gemm.json, demo.md and logs.tar.gz (logs and JSON of the tests). Runs the programs of `make gpu-build` (build/gpu); cuBLAS is the
+# machine's own. Each part has a time limit, and the limits add up to GPU_CHECK_SECONDS (570), so that a hang does not cost the rest;
+# every part runs even when one before it failed. The exit status says whether all passed.
+# GPU_CHECK_DEVICE=sim runs the same parts on the simulator, to try this script where there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu-check}
+pack=build/gpu
+device=${GPU_CHECK_DEVICE:-cuda}
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 mkdir -p "$out"
+total=${GPU_CHECK_SECONDS:-570}
 failed=0
+summary="$out/summary.txt"
+: > "$summary"
+
+row() { printf '%-22s %-8s %5s s  %s\n' "$@" | tee -a "$summary"; }
+# part NAME LIMIT COMMAND...: LIMIT is in seconds of 570. The command's last line of output stands in the summary.
 part() {
-  local name=$1
-  shift
-  local begin=$SECONDS
-  if "$@" > "$out/$name.log" 2>&1; then
-    echo "ok      $name ($((SECONDS - begin)) s)"
-  else
-    echo "FAILED  $name ($((SECONDS - begin)) s), the end of $out/$name.log:"
-    tail -n 25 "$out/$name.log"
-    failed=1
+  local name=$1 limit=$(($2 * total / 570)) begin=$SECONDS code last
+  shift 2
+  timeout --kill-after=5 "$limit" "$@" > "$logs/$name.log" 2>&1
+  code=$?
+  last=$(grep -v '^[[:space:]]*$' "$logs/$name.log" | tail -n 1 | cut -c1-110)
+  if ((code == 0)); then
+    row "$name" ok $((SECONDS - begin)) "$last"
+    return 0
   fi
+  failed=1
+  if ((code == 124 || code == 137)); then row "$name" TIMEOUT $((SECONDS - begin)) "$last"; else row "$name" FAILED $((SECONDS - begin)) "exit $code: $last"; fi
+  return 1
 }
+skip() { row "$1" skipped 0 "$2"; }
 
-export LD_LIBRARY_PATH=$PWD/build/gpu/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-[ -x build/gpu/device-tests ] || { echo "gpu-check: no build/gpu/device-tests; run make gpu-build where nvcc is" >&2; exit 2; }
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total --format=csv > "$out/device.csv" 2>&1 ||
+[ -x $pack/device-tests ] || { echo "gpu-check: no $pack/device-tests; run make gpu-build where nvcc is" >&2; exit 2; }
+query=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total
+ask_device() { if [ "$device" = cuda ]; then nvidia-smi --query-gpu="$1" --format=csv; else printf 'name\n%s\n' "$device"; fi; }
+ask_device $query > "$out/device.csv" 2>&1 ||
   { echo "gpu-check: no GPU here: $(head -n 1 "$out/device.csv")" >&2; exit 9; }
-date -u +%Y-%m-%dT%H:%M:%SZ >> "$out/device.csv"
-cat build/gpu/version >> "$out/device.csv"
+{ date -u +%Y-%m-%dT%H:%M:%SZ; cat $pack/version; } >> "$out/device.csv"
 
-part tests env LIGHTMOE_TEST_DEVICES=cuda build/gpu/device-tests --gtest_brief=1 --gtest_output="json:$out/tests.json"
-part models env LIGHTMOE_TEST_DEVICES=cuda build/gpu/model-device-tests --gtest_brief=1 --gtest_output="json:$out/models.json"
-if command -v compute-sanitizer > /dev/null; then
-  for tool in memcheck racecheck synccheck; do
-    part "sanitizer-$tool" env LIGHTMOE_TEST_DEVICES=cuda timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      build/gpu/device-tests --gtest_brief=1 --gtest_filter='RmsNorm*:Router*:Gemm*Small*:DispatchPlan*'
-  done
+# cuBLAS is larger than everything else together: the toolkit's, or that of a Python package.
+if [ "$device" = cuda ] && ! ldconfig -p | grep -q 'libcublasLt\.so'; then
+  cublas=$(find -L /usr/local/cuda*/lib64 /usr/local/cuda*/targets/*/lib /usr/lib/python3* /usr/local/lib/python3* /opt -name 'libcublasLt.so.*' 2>/dev/null | head -n 1)
+  [ -n "$cublas" ] || echo "gpu-check: warning: no libcublasLt.so found; the programs need it" >&2
 fi
-part bench-ops env LIGHTMOE_BENCH_DEVICE=cuda build/gpu/lightmoe-bench --benchmark_filter='^op/' --benchmark_min_time=0.05 \
-  --benchmark_out="$out/ops.json" --benchmark_out_format=json
-part bench-gemm env LIGHTMOE_BENCH_DEVICE=cuda build/gpu/lightmoe-bench --benchmark_filter='^gemm/(simple|mma|wgmma|cublas)/' \
-  --benchmark_min_time=0.05 --benchmark_out="$out/gemm.json" --benchmark_out_format=json
-nvidia-smi --query-gpu=clocks.sm,clocks.mem,temperature.gpu --format=csv >> "$out/device.csv" 2>&1
+export LD_LIBRARY_PATH=$PWD/$pack/lib${cublas:+:$(dirname "$cublas")}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+
+on_gpu=(env "LIGHTMOE_TEST_DEVICES=$device")
+# The fastest answer to "does anything run": one op, one product, one whole model, each kernel waited for.
+part first-kernels 30 "${on_gpu[@]}" LIGHTMOE_SYNC=1 $pack/device-tests --gtest_brief=1 --gtest_filter='Add*:Elementwise*:RmsNorm*'
+part ops 120 "${on_gpu[@]}" $pack/device-tests --gtest_brief=1 --gtest_output="json:$logs/ops-tests.json"
+part models 60 "${on_gpu[@]}" $pack/model-device-tests --gtest_brief=1 --gtest_output="json:$logs/models-tests.json"
+
+sanitizer=$(command -v compute-sanitizer || find -L /usr/local/cuda* /opt -name compute-sanitizer -type f 2>/dev/null | head -n 1)
+for tool in memcheck racecheck initcheck synccheck; do
+  if [ -z "$sanitizer" ]; then
+    skip "sanitizer-$tool" "no compute-sanitizer here"
+  else
+    part "sanitizer-$tool" 25 "${on_gpu[@]}" "$sanitizer" --tool $tool --error-exitcode 1 \
+      $pack/device-tests --gtest_brief=1 --gtest_filter='RmsNorm*:Router.*:DispatchPlan*:SampleTokens.KeepsByHand:ScatterRows*:Graph*'
+  fi
+done
+
+# The same ten steps on CPU and GPU: losses of the log, which must agree within 2 %.
+data=$logs/train.jsonl
+for i in $(seq 1 64); do echo "{\"prompt\": \"$i+$((i * 7 % 50))=\", \"completion\": \"$((i + i * 7 % 50))\"}"; done > "$data"
+curve() {
+  $pack/lightmoe train demo/base --data "$data" --steps 10 --lr 1e-3 --batch-rows 8 --length 64 --quiet \
+    --no-checkpoint-model --device "$1" -o "$logs/curve-$1"
+  grep -o '"loss":[^,}]*' "$logs/curve-$1.log.jsonl" | cut -d: -f2 > "$logs/curve-$1.txt"
+}
+compare_curves() {
+  curve cpu && curve "$device" && paste "$logs/curve-cpu.txt" "$logs/curve-$device.txt" | awk '
+    { d = ($1 > $2 ? $1 - $2 : $2 - $1) / $1; if (d > worst) worst = d; print NR, $1, $2 }
+    END { printf "%d steps, largest relative difference %.2g\n", NR, worst; exit !(NR == 10 && worst < 0.02) }'
+}
+export -f curve compare_curves
+export pack logs data device
+part curves 40 bash -c compare_curves
+part generate 20 $pack/lightmoe generate demo/base --prompt '47+85=' --prompt '12+30=' --device "$device" --max-new-tokens 32 --ignore-eos
+
+demo() {
+  [ -f out/demo-data/.complete ] || { $pack/demo-generate_data out/demo-data && touch out/demo-data/.complete; }
+  $pack/lightmoe run recipes/demo.toml --short --device "$device" && cp out/demo-short/report.md "$out/demo.md"
+}
+export -f demo
+export out
+part demo 80 bash -c demo
+
+bench=(env LIGHTMOE_BENCH_DEVICE="$device" $pack/lightmoe-bench --benchmark_min_time=0.05 --benchmark_out_format=json)
+part bench-ops 60 "${bench[@]}" --benchmark_filter='^op/' --benchmark_out="$out/ops.json"
+part bench-gemm 60 "${bench[@]}" --benchmark_filter='^gemm/(simple|mma|wgmma|cublas)/' --benchmark_out="$out/gemm.json"
+ask_device clocks.sm,clocks.mem,temperature.gpu >> "$out/device.csv" 2>&1
+
+rm -rf "$logs"/curve-*/
+tar -C "$logs" -czf "$out/logs.tar.gz" .
+echo
+echo "gpu-check: $(head -n 2 "$out/device.csv" | tail -n 1)"
+cat "$summary"
+for log in $(awk '$2 == "FAILED" || $2 == "TIMEOUT" { print $1 }' "$summary"); do
+  echo "--- the end of $log"
+  tail -n 12 "$logs/$log.log"
+done
 exit $failed
