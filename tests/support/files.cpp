@@ -50,32 +50,6 @@ std::string safetensors_bytes(const std::string& header, const std::string& data
   return prefix + header + data;
 }
 
-::testing::AssertionResult fails_with(ErrorKind kind, const std::vector<std::string>& pieces,
-                                      const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    const std::string message = error.what();
-    if (error.kind() != kind) {
-      return ::testing::AssertionFailure()
-             << "kind " << error.exit_code() << ", expected " << static_cast<int>(kind) << ": " << message;
-    }
-    for (const std::string& piece : pieces) {
-      if (message.find(piece) == std::string::npos) {
-        return ::testing::AssertionFailure() << "\"" << message << "\" does not name \"" << piece << "\"";
-      }
-    }
-    for (const char c : message) {
-      if (static_cast<unsigned char>(c) < 0x20)
-        return ::testing::AssertionFailure() << "control character in: " << message;
-    }
-    return ::testing::AssertionSuccess() << message;
-  } catch (const std::exception& error) {
-    return ::testing::AssertionFailure() << "not an Error: " << error.what();
-  }
-  return ::testing::AssertionFailure() << "no error";
-}
-
 int in_child(const std::function<int()>& body) {
   std::fflush(nullptr);
   const pid_t child = ::fork();
