@@ -28,8 +28,7 @@ struct MoeGroups {
   bool shared = false;                   // some group has several lanes: its visits are not its pairs
   double beta = 0;                       // of the annealed groups
 
-  // base_once false: every lane is a group of its own.
-  explicit MoeGroups(const MoeLayer& layer, bool base_once = true);
+  explicit MoeGroups(const MoeLayer& layer);
 };
 
 enum class ExpertHalf : uint8_t { kGateUp, kDown };
