@@ -152,6 +152,11 @@ DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>&
   }
   DispatchPlan plan;
   plan.slot_order = order_slots(group_of_slot);
+  plan.group_positions.assign(static_cast<size_t>(num_groups) + 1, 0);
+  for (const int32_t slot : plan.slot_order) {
+    ++plan.group_positions[static_cast<size_t>(group_of_slot[static_cast<size_t>(slot)]) + 1];
+  }
+  to_offsets(&plan.group_positions);
   const std::vector<int32_t> position_of_slot = positions_in(plan.slot_order, group_of_slot.size());
   dispatch(FillDispatchPlan{.slots = slots,
                             .group_of_slot = group_of_slot,

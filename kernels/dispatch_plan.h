@@ -25,7 +25,8 @@ namespace lightmoe {
 
 struct DispatchPlan {
   int64_t num_pairs = 0, num_visits = 0;  // rows of the lists
-  std::vector<int32_t> slot_order;  // slots that own pairs, by (group, slot)
+  std::vector<int32_t> slot_order;       // slots that own pairs, by (group, slot)
+  std::vector<int32_t> group_positions;  // G+1: group g owns the positions [group_positions[g], group_positions[g+1]) of slot_order
   Tensor pair_token, pair_index, pair_visit, slot_offsets, pair_group_offsets;
   Tensor visit_token, group_offsets;
   Tensor token_visit, index_pair;

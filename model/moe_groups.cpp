@@ -34,7 +34,7 @@ Tensor blended(const MoeGroup& group, ExpertHalf half, double beta, DType activa
 
 }  // namespace
 
-MoeGroups::MoeGroups(const MoeLayer& layer) {
+MoeGroups::MoeGroups(const MoeLayer& layer, bool base_once) {
   const size_t num_slots = layer.slots.size();
   for (const Expert& expert : layer.experts) groups.push_back({.bank = expert, .original = {}});
   for (const Latent& latent : layer.latents) {
@@ -67,6 +67,23 @@ MoeGroups::MoeGroups(const MoeLayer& layer) {
     lane[s] = group_of_slot[s] < 0 ? static_cast<int32_t>(s) : it->second;
     merge = merge || lane[s] != static_cast<int32_t>(s);
     if (is_new && group_of_slot[s] >= 0) shared = ++lanes_of_group[static_cast<size_t>(group_of_slot[s])] > 1 || shared;
+  }
+  if (shared && !base_once) {
+    std::vector<bool> taken(groups.size(), false);
+    for (size_t s = 0; s < num_slots; ++s) {
+      if (group_of_slot[s] < 0) continue;
+      if (lane[s] != static_cast<int32_t>(s)) {
+        group_of_slot[s] = group_of_slot[static_cast<size_t>(lane[s])];
+        continue;
+      }
+      const auto own = static_cast<size_t>(group_of_slot[s]);
+      if (taken[own]) {
+        group_of_slot[s] = static_cast<int32_t>(groups.size());
+        groups.push_back(MoeGroup(groups[own]));
+      }
+      taken[own] = true;
+    }
+    shared = false;
   }
   if (merge) lane_of_slot = std::move(lane);
 }

@@ -28,7 +28,8 @@ struct MoeGroups {
   bool shared = false;                   // some group has several lanes: its visits are not its pairs
   double beta = 0;                       // of the annealed groups
 
-  explicit MoeGroups(const MoeLayer& layer);
+  // base_once false: every lane is a group of its own.
+  explicit MoeGroups(const MoeLayer& layer, bool base_once = true);
 };
 
 enum class ExpertHalf : uint8_t { kGateUp, kDown };

@@ -3,45 +3,24 @@
 #include <optional>
 
 #include "kernels/combine.h"
-#include "kernels/merge_slots.h"
 #include "kernels/swiglu.h"
-#include "model/moe_constants.h"
-#include "model/moe_groups.h"
+#include "model/moe_fused.h"
 #include "model/moe_latent.h"
 #include "model/moe_low_rank.h"
+#include "model/moe_pass.h"
 #include "model/moe_widths.h"
 #include "runtime/trace.h"
 
 namespace lightmoe {
 namespace {
 
-// A grouped product whose matrices may be of two dtypes (bf16 weights beside f32 blends): one call for each.
-void run_grouped(GroupedGemmM op) {
-  const std::vector<Tensor> all = op.b;
-  std::vector<bool> done(all.size(), false);
-  for (size_t first = 0; first < all.size(); ++first) {
-    if (done[first] || !all[first].defined()) continue;
-    for (size_t g = 0; g < all.size(); ++g) {
-      const bool now = all[g].defined() && all[g].dtype() == all[first].dtype();
-      op.b[g] = now ? all[g] : Tensor();
-      done[g] = done[g] || now;
-    }
-    run(op);
-  }
-}
-
-class MoeRun {
+class MoeRun : private MoePass {
  public:
   MoeRun(const MoeLayer& layer, GemmCompute compute, const Tensor& x, const Tensor& slots, const Tensor& gates)
-      : groups_(layer), compute_(compute), dtype_(x.dtype()), x_(x), gates_(gates) {
-    const Tensor chosen = groups_.lane_of_slot.empty() ? slots : merge(slots);
-    plan_ = make_dispatch_plan(chosen, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
+      : MoePass(layer, compute, x.dtype(), slots, gates), x_(x), hidden_(x.dim(1)) {
     if (pairs_are_visits()) bound_pairs_by_visits();
     low_rank_ = LowRankTerms::of(layer, groups_.adapter_of_slot, plan_, compute);
-    constants_.emplace(layer, chosen);
-    latents_.emplace(layer, chosen, plan_, compute);
-    hidden_ = x.dim(1), width_ = expert_width(layer);
-    zero_rows_ = has_zero_rows(groups_, plan_);
+    latents_.emplace(layer, chosen_, plan_, compute);
   }
 
   // Adds to `sum`, or gives a tensor of its own where that is undefined.
@@ -52,35 +31,6 @@ class MoeRun {
   Tensor backward(const Tensor& x, const Tensor& dy, const Tensor& dx, bool accumulate_dx);
 
  private:
-  static int64_t expert_width(const MoeLayer& layer) {
-    for (const Expert& expert : layer.experts) {
-      if (expert.down != nullptr) return expert.down->value.dim(1);
-    }
-    for (const Adapter& adapter : layer.adapters) return adapter.b_gate->value.dim(0);
-    for (const Latent& latent : layer.latents) return latent.down->value.dim(1);
-    for (const AnnealedSlot& annealed : layer.annealed) return annealed.original.down->value.dim(1);
-    return 0;
-  }
-  Tensor merge(const Tensor& slots) {
-    const Tensor merged = Tensor::empty(slots.shape(), DType::kI32),
-                 gates = Tensor::empty(slots.shape(), gates_.dtype());
-    first_ = Tensor::empty(slots.shape(), DType::kI32);
-    const Tensor lanes = Tensor::from(groups_.lane_of_slot, {static_cast<int64_t>(groups_.lane_of_slot.size())});
-    run(MergeSlots{.slots = slots,
-                   .gates = gates_,
-                   .lane_of_slot = lanes,
-                   .merged_slots = merged,
-                   .merged_gates = gates,
-                   .first = first_});
-    gates_ = gates;
-    return merged;
-  }
-
-  Tensor empty(int64_t rows, int64_t width) const { return Tensor::empty({rows, width}, dtype_); }
-  // Rows that a grouped product over the visits writes; zero first where groups stand for W = 0.
-  Tensor visit_rows(int64_t width) const {
-    return zero_rows_ ? Tensor::zeros({plan_.num_visits, width}, dtype_) : empty(plan_.num_visits, width);
-  }
   bool pairs_are_visits() const { return !groups_.shared; }
   // On devices the counts are bounds (kernels/dispatch_plan.h), and that of the visits may be the closer one.
   void bound_pairs_by_visits() {
@@ -95,37 +45,14 @@ class MoeRun {
     run(GatedSum{.a = a, .gates = gates_, .pair_index = plan_.pair_index, .pair_visit = plan_.pair_visit, .s = s});
     return s;
   }
-  void visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf half, bool trans_b, const Tensor& c) const {
-    GroupedGemmM op{
-        .a = a, .a_rows = a_rows, .offsets = plan_.group_offsets, .c = c, .trans_b = trans_b, .compute = compute_};
-    use_group_weights(groups_, plan_, half, dtype_, [&](const std::vector<Tensor>& weights) {
-      op.b = weights;
-      run_grouped(op);
-      op.b.clear();  // blends go before the next ones come
-    });
-  }
   // y = sum over the token's visits of rows, which the adapters' terms may join: add(rows [P,D], beta).
   template <class AddTerms>
   void combine(const Tensor& rows, const Tensor& y, bool accumulate, AddTerms&& add) const;
-  void weight_gradient(ExpertHalf half, GroupedGemmK op) const;
-  Tensor unmerged(const Tensor& dgates) const {
-    if (!first_.defined()) return dgates;
-    const Tensor spread = Tensor::empty(dgates.shape(), dgates.dtype());
-    run(MergeSlotsBackward{.dmerged = dgates, .first = first_, .dgates = spread});
-    return spread;
-  }
 
-  MoeGroups groups_;
-  GemmCompute compute_;
-  DType dtype_;
-  Tensor x_;              // gone after forward
-  Tensor gates_, first_;  // gates after merging; first_ undefined when nothing merges
-  DispatchPlan plan_;
+  Tensor x_;  // gone after forward
   std::vector<LowRankTerms> low_rank_;
-  std::optional<ConstantTerms> constants_;
   std::optional<LatentTerms> latents_;
-  int64_t hidden_ = 0, width_ = 0;
-  bool zero_rows_ = false;
+  int64_t hidden_ = 0;
   Tensor h_;  // [P,2F]
 };
 
@@ -172,25 +99,6 @@ Tensor MoeRun::forward(bool keep, const Tensor& sum) {
   });
   if (constants_->any()) constants_->add_to_y(gates_, y);
   return y;
-}
-
-void MoeRun::weight_gradient(ExpertHalf half, GroupedGemmK op) const {
-  std::vector<ParameterPtr> own(groups_.groups.size()), blended(groups_.groups.size());
-  bool any_blended = false;
-  for (size_t g = 0; g < own.size(); ++g) {
-    const MoeGroup& group = groups_.groups[g];
-    if (half_of(group.bank, half) == nullptr || !half_of(group.bank, half)->trainable) continue;
-    (group.annealed() ? blended : own)[g] = half_of(group.bank, half);
-    any_blended = any_blended || group.annealed();
-  }
-  const auto run_for = [&](const std::vector<ParameterPtr>& parameters, double alpha) {
-    op.alpha = alpha, op.beta = grad_beta_of(parameters), op.compute = compute_, op.offsets = plan_.group_offsets;
-    op.c.clear();
-    for (const ParameterPtr& p : parameters) op.c.push_back(p != nullptr ? p->grad : Tensor());
-    run(op);
-  };
-  run_for(own, 1);
-  if (any_blended && groups_.beta < 1) run_for(blended, 1 - groups_.beta);  // d(blend) / d(bank)
 }
 
 Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, bool accumulate_dx) {
@@ -246,6 +154,9 @@ Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, boo
 
 Var moe_experts(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& slots, const Var& gates,
                 GemmCompute compute) {
+  const MoeFusion fused = moe_execution().fused;
+  const bool wanted = fused == MoeFusion::kOn || (fused == MoeFusion::kAutomatic && slots.device() != DeviceKind::kCpu);
+  if (wanted && takes_fused(layer, slots.device())) return moe_experts_fused(tape, x, layer, slots, gates, compute);
   const bool needs = x.needs_grad() || gates.needs_grad() || any_trainable(layer);
   const bool keep = tape.recording() && needs;
   std::vector<std::shared_ptr<MoeRun>> passes;

@@ -13,6 +13,37 @@ namespace lightmoe {
 Var moe_experts(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& slots, const Var& gates,
                 GemmCompute compute);
 
+// How layers run, for the process. base_once: rule 1 of model/moe.h; without it every slot runs the expert it points to for itself, as
+// other systems do (for comparison; the same function). fused: in few kernels where the layer allows (model/moe_fused.h); automatic means
+// on every device but the CPU, whose step-by-step form is the faster.
+enum class MoeFusion : uint8_t { kAutomatic, kOn, kOff };
+struct MoeExecution {
+  bool base_once = true;
+  MoeFusion fused = MoeFusion::kAutomatic;
+};
+MoeExecution moe_execution();
+void set_moe_execution(MoeExecution execution);
+class MoeExecutionScope {
+ public:
+  explicit MoeExecutionScope(MoeExecution execution) : previous_(moe_execution()) { set_moe_execution(execution); }
+  ~MoeExecutionScope() { set_moe_execution(previous_); }
+  MoeExecutionScope(const MoeExecutionScope&) = delete;
+  MoeExecutionScope& operator=(const MoeExecutionScope&) = delete;
+
+ private:
+  MoeExecution previous_;
+};
+
+// What base-once execution can save on these choices: how many tokens chose r replaced slots (those that share their expert with other
+// slots), and how many of the experts those point to are distinct.
+struct ReplacedHistogram {
+  std::vector<int64_t> replaced, distinct_bases;  // [K+1] tokens with that many
+  double mean_replaced() const;
+  double mean_distinct_bases() const;
+  void add(const ReplacedHistogram& other);
+};
+ReplacedHistogram replaced_histogram(const MoeLayer& layer, const Tensor& slots);  // slots i32 [T,K]
+
 // u8 [E], 1 = removed; undefined when no slot is.
 Tensor removed_mask(const MoeLayer& layer);
 

@@ -1,0 +1,95 @@
+#include "model/moe_pass.h"
+
+#include "kernels/merge_slots.h"
+#include "model/moe_op.h"
+
+namespace lightmoe {
+namespace {
+
+int64_t expert_width(const MoeLayer& layer) {
+  for (const Expert& expert : layer.experts) {
+    if (expert.down != nullptr) return expert.down->value.dim(1);
+  }
+  for (const Adapter& adapter : layer.adapters) return adapter.b_gate->value.dim(0);
+  for (const Latent& latent : layer.latents) return latent.down->value.dim(1);
+  for (const AnnealedSlot& annealed : layer.annealed) return annealed.original.down->value.dim(1);
+  return 0;
+}
+
+}  // namespace
+
+void run_grouped(GroupedGemmM op) {
+  const std::vector<Tensor> all = op.b;
+  std::vector<bool> done(all.size(), false);
+  for (size_t first = 0; first < all.size(); ++first) {
+    if (done[first] || !all[first].defined()) continue;
+    for (size_t g = 0; g < all.size(); ++g) {
+      const bool now = all[g].defined() && all[g].dtype() == all[first].dtype();
+      op.b[g] = now ? all[g] : Tensor();
+      done[g] = done[g] || now;
+    }
+    run(op);
+  }
+}
+
+MoePass::MoePass(const MoeLayer& layer, GemmCompute compute, DType rows, const Tensor& slots, const Tensor& gates)
+    : groups_(layer, moe_execution().base_once), compute_(compute), dtype_(rows), gates_(gates), chosen_(slots) {
+  if (!groups_.lane_of_slot.empty()) merge(slots);
+  plan_ = make_dispatch_plan(chosen_, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
+  constants_.emplace(layer, chosen_);
+  width_ = expert_width(layer);
+  zero_rows_ = has_zero_rows(groups_, plan_);
+}
+
+void MoePass::merge(const Tensor& slots) {
+  const Tensor merged = Tensor::empty(slots.shape(), DType::kI32), gates = Tensor::empty(slots.shape(), gates_.dtype());
+  first_ = Tensor::empty(slots.shape(), DType::kI32);
+  const Tensor lanes = Tensor::from(groups_.lane_of_slot, {static_cast<int64_t>(groups_.lane_of_slot.size())});
+  run(MergeSlots{.slots = slots,
+                 .gates = gates_,
+                 .lane_of_slot = lanes,
+                 .merged_slots = merged,
+                 .merged_gates = gates,
+                 .first = first_});
+  gates_ = gates, chosen_ = merged;
+}
+
+void MoePass::visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf half, bool trans_b,
+                            const Tensor& c) const {
+  GroupedGemmM op{
+      .a = a, .a_rows = a_rows, .offsets = plan_.group_offsets, .c = c, .trans_b = trans_b, .compute = compute_};
+  use_group_weights(groups_, plan_, half, dtype_ == DType::kBF16 ? DType::kF32 : dtype_,
+                    [&](const std::vector<Tensor>& weights) {
+                      op.b = weights;
+                      run_grouped(op);
+                      op.b.clear();  // blends go before the next ones come
+                    });
+}
+
+void MoePass::weight_gradient(ExpertHalf half, GroupedGemmK op) const {
+  std::vector<ParameterPtr> own(groups_.groups.size()), blended(groups_.groups.size());
+  bool any_blended = false;
+  for (size_t g = 0; g < own.size(); ++g) {
+    const MoeGroup& group = groups_.groups[g];
+    if (half_of(group.bank, half) == nullptr || !half_of(group.bank, half)->trainable) continue;
+    (group.annealed() ? blended : own)[g] = half_of(group.bank, half);
+    any_blended = any_blended || group.annealed();
+  }
+  const auto run_for = [&](const std::vector<ParameterPtr>& parameters, double alpha) {
+    op.alpha = alpha, op.beta = grad_beta_of(parameters), op.compute = compute_, op.offsets = plan_.group_offsets;
+    op.c.clear();
+    for (const ParameterPtr& p : parameters) op.c.push_back(p != nullptr ? p->grad : Tensor());
+    run(op);
+  };
+  run_for(own, 1);
+  if (any_blended && groups_.beta < 1) run_for(blended, 1 - groups_.beta);  // d(blend) / d(bank)
+}
+
+Tensor MoePass::unmerged(const Tensor& dgates) const {
+  if (!first_.defined()) return dgates;
+  const Tensor spread = Tensor::empty(dgates.shape(), dgates.dtype());
+  run(MergeSlotsBackward{.dmerged = dgates, .first = first_, .dgates = spread});
+  return spread;
+}
+
+}  // namespace lightmoe
