@@ -177,7 +177,7 @@ sim-check:
 	@$(MAKE) --no-print-directory sim-race SIM_SEEDS="0 1 2"
 	@$(MAKE) --no-print-directory sim-asan SIM_SEEDS="1"
 # Whole models on every device.
-$(BUILD)/model-device-tests: $(LIBRARY_OBJECTS) $(call objects,$(MODEL_DEVICE_TESTS) $(DEVICE_TEST_SUPPORT) tests/support/moe_layers.cpp)
+$(BUILD)/model-device-tests: $(LIBRARY_OBJECTS) $(call objects,$(MODEL_DEVICE_TESTS) $(wildcard tests/support/*.cpp))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # Each demo/*.cpp is a small program of its own (generators of the demo's data).
