@@ -6,25 +6,13 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <string>
 
+#include "runtime/device_info.h"
 #include "runtime/error.h"
 #include "runtime/memory.h"
 #include "runtime/parallel.h"
 #include "runtime/version.h"
-
-namespace {
-
-std::string processor_name() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  }
-  return "unknown";
-}
-
-}  // namespace
 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
@@ -41,7 +29,7 @@ int main(int argc, char** argv) {
   }
   benchmark::AddCustomContext("device", std::string(name_of(lightmoe::default_device())));
   benchmark::AddCustomContext("commit", lightmoe::version());
-  benchmark::AddCustomContext("processor", processor_name());
+  benchmark::AddCustomContext("processor", lightmoe::device_info(lightmoe::default_device()).name);
   benchmark::AddCustomContext("threads", std::to_string(lightmoe::num_threads()));
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "kernels/gemm_text.h"
 #include "kernels/gemm_tuning.h"
 
 namespace lightmoe {
@@ -116,14 +117,6 @@ Choice& choice() {
   return state;
 }
 
-std::string text_of(const GemmDesc& d) {
-  constexpr std::string_view kinds[] = {"dense", "grouped_m", "grouped_k"};
-  return fmt::format("{} {}{} {}x{}->{}{}{} m={} n={} k={} g={}", kinds[static_cast<int>(d.kind)],
-                     d.trans_a ? "t" : "n", d.trans_b ? "t" : "n", name_of(d.a), name_of(d.b), name_of(d.c),
-                     d.compute == GemmCompute::kBF16 ? " bf16" : "", d.gather ? " gather" : "", d.m, d.n, d.k,
-                     d.groups);
-}
-
 void record(const GemmDesc& d, std::string_view picked, std::string_view refused) {
   Choice& state = choice();
   if (state.lines.size() >= kMaxPicks) return;
@@ -150,6 +143,14 @@ void record(const GemmDesc& d, std::string_view picked, std::string_view refused
 }
 
 }  // namespace
+
+std::string text_of(const GemmDesc& d) {
+  constexpr std::string_view kinds[] = {"dense", "grouped_m", "grouped_k"};
+  return fmt::format("{} {}{} {}x{}->{}{}{} m={} n={} k={} g={}", kinds[static_cast<int>(d.kind)],
+                     d.trans_a ? "t" : "n", d.trans_b ? "t" : "n", name_of(d.a), name_of(d.b), name_of(d.c),
+                     d.compute == GemmCompute::kBF16 ? " bf16" : "", d.gather ? " gather" : "", d.m, d.n, d.k,
+                     d.groups);
+}
 
 RegisterGemmBackend::RegisterGemmBackend(const GemmBackend& backend) { backends().push_back(backend); }
 const std::vector<GemmBackend>& gemm_backends() { return backends(); }

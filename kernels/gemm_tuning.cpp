@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "kernels/gemm_plugin.h"
+#include "kernels/gemm_text.h"
 #include "runtime/device.h"
 #include "runtime/device_info.h"
 #include "runtime/parallel.h"
@@ -40,13 +41,10 @@ int64_t bucket(int64_t rows) {
   return rows <= 1 ? rows : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(rows)));
 }
 
-std::string key_of(const GemmDesc& d) {
-  constexpr const char* kKinds[] = {"dense", "grouped_m", "grouped_k"};
-  const bool rows_are_k = d.kind == GemmKind::kGroupedK;
-  return fmt::format("{} {}{} {}x{}->{}{}{} m={} n={} k={} g={} align={}", kKinds[static_cast<int>(d.kind)],
-                     d.trans_a ? "t" : "n", d.trans_b ? "t" : "n", name_of(d.a), name_of(d.b), name_of(d.c),
-                     d.compute == GemmCompute::kBF16 ? " bf16" : "", d.gather ? " gather" : "",
-                     rows_are_k ? d.m : bucket(d.m), d.n, rows_are_k ? bucket(d.k) : d.k, d.groups, d.alignment);
+std::string key_of(GemmDesc desc) {
+  int64_t& rows = desc.kind == GemmKind::kGroupedK ? desc.k : desc.m;
+  rows = bucket(rows);
+  return fmt::format("{} align={}", text_of(desc), desc.alignment);
 }
 
 std::string validators() {
