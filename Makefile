@@ -66,11 +66,10 @@ CXXFLAGS += -std=c++20 -g1 -Wall -Wextra -Werror -Wno-missing-field-initializers
 ifeq ($(MODE),release)
   CXXFLAGS += -march=$(ARCH)
   # Compile fast where no time is spent.
-  OPTIMIZE = $(if $(filter $(BUILD)/obj/cli/% $(BUILD)/obj/tests/%,$@),-O1,$(if $(filter %.sim.o,$@),-O2,-O3))
+  OPTIMIZE = $(if $(filter $(addprefix $(BUILD)/obj/,cli/% tests/% demo/%),$@),-O1,$(if $(filter $(BUILD)/obj/kernels/%.o,$(@:.sim.o=)),-O3,-O2))
 else ifeq ($(MODE),asan)
   # NOTE: with sanitizers g++ 12 takes std::regex's states for uninitialised (its manual: more false warnings with -fsanitize).
-  # Half the tree's compile time at -O0; the kernels are what runs long.
-  OPTIMIZE = $(if $(filter $(BUILD)/obj/kernels/%,$@),-O1,-O0)
+  OPTIMIZE = -O1
   CXXFLAGS += -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
     $(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized)
   LDFLAGS += -fsanitize=address,undefined
@@ -110,13 +109,15 @@ $(BUILD)/obj/runtime/version.o: CPPFLAGS += -DLIGHTMOE_VERSION='"$(VERSION)"'
 $(BUILD)/obj/runtime/version.o: $(wildcard $(shell git rev-parse --git-path HEAD --git-path index 2>/dev/null))
 
 LIBRARY_OBJECTS := $(call objects,$(LIBRARY_SOURCES))
-$(BUILD)/lightmoe: $(LIBRARY_OBJECTS) $(call objects,$(CLI_SOURCES))
+# Under MODE=asan the library is instrumented and what calls it is the plain build's, which `make asan` makes first.
+plain_objects = $(if $(filter asan,$(MODE)),$(patsubst $(BUILD)/%,build/%,$(call objects,$(1))),$(call objects,$(1)))
+$(BUILD)/lightmoe: $(LIBRARY_OBJECTS) $(call plain_objects,$(CLI_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ $(LDLIBS) -o $@
 $(BUILD)/lightmoe-bench: $(LIBRARY_OBJECTS) $(call objects,$(BENCH_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lbenchmark $(LDLIBS) -o $@
-$(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call objects,$(TEST_SOURCES))
+$(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call plain_objects,$(TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # GEMM plug-ins that tests load: tests/plugins/*.c.
@@ -197,7 +198,9 @@ test: setup lint
 unit: $(BUILD)/lightmoe-tests $(BUILD)/lightmoe
 	@$(BUILD)/lightmoe-tests $(TEST_ARGS)
 
-asan:
+# All unit tests with the library under the address and undefined-behaviour sanitizers.
+asan: setup
+	@$(MAKE) --no-print-directory MODE=release build/lightmoe-tests build/lightmoe
 	@$(MAKE) --no-print-directory MODE=asan build/asan/lightmoe-tests build/asan/lightmoe
 	@ASAN_OPTIONS=detect_leaks=0 build/asan/lightmoe-tests $(TEST_ARGS)
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <functional>
 #include <set>
+#include <utility>
 
 #include "compress/budget.h"
 #include "kernels/gemm.h"

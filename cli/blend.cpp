@@ -62,7 +62,7 @@ void run_blend(const Options& o) {
 const RegisterVerb verb{
     {"blend", "Evaluation", "Weights blended for each sequence from fine-tuned models of one base (WEMoE)",
      "lightmoe blend olmoe-math olmoe-code --base OLMoE-1B-7B --task math.test.jsonl --temperature 0.1",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("models", o->models, "fine-tuned model directories")->required();
        app.add_option("--base", o->base, "the model they come from")->required();

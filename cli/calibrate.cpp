@@ -69,7 +69,7 @@ void calibrate(Options& o) {
 
 const RegisterVerb verb{
     {"calibrate", "Compression", "Measure on task data which experts matter",
-     "lightmoe calibrate OLMoE-1B-7B --data math.train.jsonl -o math.safetensors", [](CLI::App& app) -> VerbAction {
+     "lightmoe calibrate OLMoE-1B-7B --data math.train.jsonl -o math.safetensors", [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        CalibrateOptions& c = o->calibrate;
        app.add_option("model", o->model, "original model directory");

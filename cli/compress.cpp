@@ -54,7 +54,7 @@ void compress(Options& o) {
 const RegisterVerb verb{
     {"compress", "Compression", "Replace the least important experts: a smaller model directory",
      "lightmoe compress OLMoE-1B-7B --stats math.safetensors --ratio 0.5 -o olmoe-math-50",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("model", o->job.model, "original model directory");
        app.add_flag("--list", o->list, "every method on one line, and nothing else");

@@ -2,7 +2,7 @@
 
 namespace lightmoe::cli {
 
-void add_compression_flags(CLI::App& app, CompressionFlags& f) {
+void add_compression_flags(Flags& app, CompressionFlags& f) {
   std::string names;
   for (const Method& method : methods()) names += (names.empty() ? "" : ", ") + method.name;
   const char* budget = "Budget (one of)";

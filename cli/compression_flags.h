@@ -1,10 +1,10 @@
 #pragma once
 // Every constant of the methods as a flag; shared by the verbs that plan a compression.
 
-#include <CLI/CLI.hpp>
 #include <optional>
 #include <string>
 
+#include "cli/flags.h"
 #include "compress/registry.h"
 
 namespace lightmoe::cli {
@@ -18,7 +18,7 @@ struct CompressionFlags {
               rank_allocation = "equal";
   MethodOptions options;
 };
-void add_compression_flags(CLI::App& app, CompressionFlags& flags);
+void add_compression_flags(Flags& app, CompressionFlags& flags);
 MethodOptions method_options(const CompressionFlags& flags);  // Error(kUsage) on contradictions
 // "keep" is nullopt.
 std::optional<DType> parse_output_dtype(const std::string& name);

@@ -1,6 +1,7 @@
 #include "cli/config_file.h"
 
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 #include <toml++/toml.h>
 #include <algorithm>

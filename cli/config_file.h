@@ -4,9 +4,12 @@
 // for other verbs and are skipped. Flags on the command line win. An unknown key is an error with
 // the nearest match.
 
-#include <CLI/CLI.hpp>
 #include <string>
 #include <vector>
+
+namespace CLI {
+class App;
+}
 
 namespace lightmoe::cli {
 

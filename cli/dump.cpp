@@ -42,7 +42,7 @@ const RegisterVerb verb{
      "Write what a model computes on given token ids: logits, hidden states, routing, losses, gradients",
      "lightmoe dump tests/golden/plain --input tests/golden/plain/golden.safetensors --out /tmp/plain.safetensors "
      "--gradients",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        app.add_option("model", options->model, "model directory")->required();
        app.add_option("--input", options->input,

@@ -130,7 +130,7 @@ void run_eval(const Options& options) {
 const RegisterVerb verb{
     {"eval", "Evaluation", "Measure a model on task files, alone or against a reference model",
      "lightmoe eval demo/base --task build/demo/data/math/test.jsonl --batch 64 --out math.json",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        add_model_options(app, options->model);
        add_routing_flags(app, options->routing);

@@ -34,7 +34,7 @@ void run_export(Options& o) {
 
 const RegisterVerb verb{
     {"export", "Compression", "A compressed model as a stock Hugging Face directory",
-     "lightmoe export olmoe-math-50 --format hf -o olmoe-math-50-hf", [](CLI::App& app) -> VerbAction {
+     "lightmoe export olmoe-math-50 --format hf -o olmoe-math-50-hf", [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("model", o->job.model, "compressed model directory")->required();
        app.add_option("-o,--output", o->job.output, "directory to write")->required();

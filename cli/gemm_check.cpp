@@ -162,7 +162,7 @@ void gemm_check(const Options& options) {
 const RegisterVerb verb{
     {"gemm-check", "Models",
      "Hold a GEMM plug-in (or a built-in backend) to the equations and time it beside the others",
-     "lightmoe gemm-check ./my_gemm.so", [](CLI::App& app) -> VerbAction {
+     "lightmoe gemm-check ./my_gemm.so", [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        app.add_option("backend", options->backend, "a shared object, or the name of a backend")->required();
        app.add_option("--shape", options->shape, "sizes of: tiny, mid, olmoe-1b-7b")->capture_default_str();

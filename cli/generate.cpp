@@ -85,6 +85,8 @@ void print(const Options& options, const std::vector<std::string>& prompts, cons
       fmt::print("{}\n", fmt::join(results[i].tokens, " "));
     }
   }
+  if (report.truncated > 0)
+    fmt::print(stderr, "{} prompts longer than the context, their oldest tokens dropped\n", report.truncated);
   fmt::print(stderr, "prefill {} tokens, {:.1f} tokens/s; decode {} tokens, {:.1f} tokens/s; peak memory {:.2f} GB\n",
              report.prefill_tokens, rate(report.prefill_tokens, report.prefill_seconds), report.decode_tokens,
              rate(report.decode_tokens, report.decode_seconds), static_cast<double>(process_peak_rss_bytes()) / 1e9);
@@ -122,7 +124,7 @@ void run_generate(Options& options) {
 
 const RegisterVerb verb{
     {"generate", "Evaluation", "Continue prompts with a KV cache", "lightmoe generate demo/base --prompt '47+85='",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        GenerateOptions& generate = options->generate;
        add_model_options(app, options->model);

@@ -188,7 +188,7 @@ void inspect(const Options& options) {
 
 const RegisterVerb verb{
     {"inspect", "Models", "Show what a model directory holds: shape, parameters and bytes by kind, slot table",
-     "lightmoe inspect demo/base --tensors", [](CLI::App& app) -> VerbAction {
+     "lightmoe inspect demo/base --tensors", [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        app.add_option("model", options->model, "model directory")->required();
        app.add_flag("--tensors", options->tensors, "list every tensor");

@@ -10,7 +10,7 @@
 
 namespace lightmoe::cli {
 
-void add_model_options(CLI::App& app, ModelOptions& options) {
+void add_model_options(Flags& app, ModelOptions& options) {
   app.add_option("model", options.path, "model directory (Hugging Face OLMoE, or compressed)")->required();
   app.add_option("--dtype", options.dtype, "weights in memory: auto (as stored), f32, bf16")->capture_default_str();
   app.add_option("--compute", options.compute, "products: f32, or bf16 with f32 sums")->capture_default_str();

@@ -1,13 +1,13 @@
 #pragma once
 // Options that verbs over one model share, and what they load.
 
-#include <CLI/CLI.hpp>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "cli/flags.h"
 #include "loaders/tokenizer.h"
 #include "model/olmoe.h"
 
@@ -19,7 +19,7 @@ struct ModelOptions {
   std::string compute = "f32";  // of the products: f32, bf16
   bool strict = false;          // tensors that the model does not use: refused instead of warned of
 };
-void add_model_options(CLI::App& app, ModelOptions& options);
+void add_model_options(Flags& app, ModelOptions& options);
 
 struct LoadedModel {
   std::unique_ptr<Olmoe> model;

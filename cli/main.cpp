@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 #include <signal.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <cerrno>
@@ -38,15 +39,14 @@ struct Common {
   bool print_config = false, log_json = false, gemm_picks = false, nvtx = false, gemm_tune = false;
 };
 
-void add_common(CLI::App& app, Common& common) {
+void add_common(Flags& app, Common& common) {
   const std::string group = "Runtime";
   app.add_option("--config", common.config, "read options from a TOML file; flags win")->group(group);
   app.add_flag("--print-config", common.print_config, "print the options as TOML and stop")->group(group);
   app.add_option("--device", common.device, "cpu; sim (GPU kernels on a simulator); cuda")
       ->group(group)
       ->capture_default_str();
-  app.add_option("--max-gpu-memory", common.max_gpu_memory, "most that sim or cuda may take, as 70GiB (0 = no limit)")
-      ->transform(CLI::AsSizeValue(true))
+  app.add_bytes("--max-gpu-memory", common.max_gpu_memory, "most that sim or cuda may take, as 70GiB (0 = no limit)")
       ->group(group);
   app.add_option("--threads", common.threads, "threads (0 = all cores)")->group(group)->capture_default_str();
   app.add_option("--gemm", common.gemm, "GEMM backend by name, auto, or a plug-in (./my_gemm.so)")
@@ -107,8 +107,9 @@ int report_error(int code, const std::string& message, bool as_json) {
 std::vector<std::string> given_options(const Verb& verb, std::vector<std::string> arguments) {
   CLI::App app;
   Common common;
-  const VerbAction unused = verb.declare(app);
-  add_common(app, common);
+  Flags flags(app);
+  const VerbAction unused = verb.declare(flags);
+  add_common(flags, common);
   for (CLI::Option* option : app.get_options()) option->required(false);
   app.allow_extras();
   std::reverse(arguments.begin(), arguments.end());
@@ -167,8 +168,9 @@ int run_verb(const Verb& verb, std::vector<std::string> arguments, Common& commo
   CLI::App app(verb.summary, "lightmoe " + verb.name);
   app.footer("Example: " + verb.example);
   app.option_defaults()->always_capture_default(false);
-  const VerbAction action = verb.declare(app);
-  add_common(app, common);
+  Flags flags(app);
+  const VerbAction action = verb.declare(flags);
+  add_common(flags, common);
   if (const std::string path = config_path(arguments); !path.empty()) {
     const std::vector<std::string> extra = arguments_from_config(path, app, verb.name, given_options(verb, arguments));
     arguments.insert(arguments.end(), extra.begin(), extra.end());

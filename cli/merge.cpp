@@ -24,7 +24,7 @@ void run_merge(Options& o) {
 const RegisterVerb verb{
     {"merge", "Compression", "Fine-tuned models of one base into one: average, task vectors, TIES, DARE",
      "lightmoe merge olmoe-math olmoe-code --base OLMoE-1B-7B --rule ties --density 0.2 -o olmoe-both",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("models", o->job.models, "model directories (stock OLMoE) of the same shape")->required();
        app.add_option("-o,--output", o->job.output, "directory to write")->required();

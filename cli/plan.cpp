@@ -119,8 +119,7 @@ void run_plan(Options& o) {
 
 const RegisterVerb verb{
     {"plan", "Models", "What a shape or a compressed model will take: parameters, memory, FLOPs",
-     "lightmoe plan olmoe-1b-7b --experts 32 64 128 --train-tokens 4096",
-     [](CLI::App& app) -> VerbAction {
+     "lightmoe plan olmoe-1b-7b --experts 32 64 128 --train-tokens 4096", [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("model", o->model, "model directory, or tiny, mid, olmoe-1b-7b")->required();
        app.add_option("--experts", o->experts, "numbers of experts to plan, a row each");

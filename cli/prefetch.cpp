@@ -72,7 +72,7 @@ void run_prefetch(const Options& o) {
 
 const RegisterVerb verb{
     {"prefetch", "Evaluation", "How well a layer's experts can be known before it runs",
-     "lightmoe prefetch demo/base --data math.train.jsonl --ahead 1 --predict 4 8", [](CLI::App& app) -> VerbAction {
+     "lightmoe prefetch demo/base --data math.train.jsonl --ahead 1 --predict 4 8", [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        add_model_options(app, o->model);
        app.add_option("--data", o->data, "JSONL or text files");

@@ -43,7 +43,7 @@ void random(const Options& options) {
 
 const RegisterVerb verb{
     {"random", "Models", "Write a random checkpoint of a given shape, streaming",
-     "lightmoe random tiny -o /tmp/tiny --dtype bf16 --seed 1", [](CLI::App& app) -> VerbAction {
+     "lightmoe random tiny -o /tmp/tiny --dtype bf16 --seed 1", [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        app.add_option("shape", options->shape, "tiny, mid, olmoe-1b-7b, or a config.json")->required();
        app.add_option("-o,--output", options->output, "directory to write")->required();

@@ -119,7 +119,7 @@ void run_recover(Options& o) {
 const RegisterVerb verb{
     {"recover", "Compression", "Train a compressed model back, the originals fading out",
      "lightmoe recover olmoe-math-50 --base OLMoE-1B-7B --data math.train.jsonl --steps 2000 --lr 1e-4 -o olmoe-math",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("compressed", o->compressed, "directory that `compress` wrote")->required();
        app.add_option("--base", o->base, "the original model")->required();

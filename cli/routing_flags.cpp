@@ -6,7 +6,7 @@
 
 namespace lightmoe::cli {
 
-void add_routing_flags(CLI::App& app, RoutingFlags& f) {
+void add_routing_flags(Flags& app, RoutingFlags& f) {
   const char* group = "Routing";
   app.add_option("--experts-per-token", f.experts_per_token, "experts a token runs (0 = num_experts_per_tok)")
       ->group(group)

@@ -1,10 +1,10 @@
 #pragma once
 // Flags about which of a token's experts run (model/routing.h), for verbs over one model.
 
-#include <CLI/CLI.hpp>
 #include <filesystem>
 #include <string>
 
+#include "cli/flags.h"
 #include "model/olmoe.h"
 
 namespace lightmoe::cli {
@@ -15,7 +15,7 @@ struct RoutingFlags {
   double skip_quantile = 0.5;
   bool skip_by_likeness = false;
 };
-void add_routing_flags(CLI::App& app, RoutingFlags& flags);
+void add_routing_flags(Flags& app, RoutingFlags& flags);
 
 // The options, counting into itself.
 class RunRouting {

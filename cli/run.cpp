@@ -118,7 +118,7 @@ void run_recipe(const Options& o) {
 
 const RegisterVerb verb{
     {"run", "Compression", "Compare methods on tasks as a recipe says, and write the report",
-     "lightmoe run recipes/demo.toml", [](CLI::App& app) -> VerbAction {
+     "lightmoe run recipes/demo.toml", [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("recipe", o->recipe, "TOML file (recipes/)")->required();
        app.add_flag("--short", o->short_form, "the recipe's [short] form");

@@ -72,7 +72,7 @@ void run_fit(const Options& o) {
 
 const RegisterVerb verb{
     {"tensor-fit", "Compression", "How far a layer's experts are from a CP or tensor-ring form (muMoE)",
-     "lightmoe tensor-fit demo/base --form cp --rank 16 64 256 --matrix gate", [](CLI::App& app) -> VerbAction {
+     "lightmoe tensor-fit demo/base --form cp --rank 16 64 256 --matrix gate", [](Flags& app) -> VerbAction {
        auto o = std::make_shared<Options>();
        app.add_option("model", o->model, "original model directory")->required();
        app.add_option("--form", o->form, "cp, ring")->capture_default_str();

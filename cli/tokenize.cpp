@@ -53,7 +53,7 @@ void tokenize_lines(const Options& options) {
 
 const RegisterVerb verb{
     {"tokenize", "Models", "Turn text into token ids, or back", "lightmoe tokenize demo/base --jsonl texts.jsonl",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        app.description(
            "Reads {\"text\": \"...\"} a line and prints [id,id,...] a line. With --decode it reads such arrays and "

@@ -107,7 +107,7 @@ void run_train(Options& o) {
 const RegisterVerb verb{
     {"train", "Training", "Train a model on text or token ids, resumable bit for bit",
      "lightmoe train demo/base --data train.jsonl --steps 500 --lr 1e-3 --out trained --save-every 100 --resume auto",
-     [](CLI::App& app) -> VerbAction {
+     [](Flags& app) -> VerbAction {
        auto options = std::make_shared<Options>();
        add_model_options(app, options->model);
        add_training_flags(app, options->training);

@@ -12,7 +12,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-void add_data_options(CLI::App& app, TrainingFlags& o) {
+void add_data_options(Flags& app, TrainingFlags& o) {
   const std::string group = "Data";
   app.add_option("--data", o.data, "JSONL or text files")->group(group);
   app.add_option("--tokens", o.tokens, "safetensors files with input_ids [N,S], instead of text")->group(group);
@@ -26,7 +26,7 @@ void add_data_options(CLI::App& app, TrainingFlags& o) {
   app.add_flag("--skip-invalid", o.skip_invalid, "count bad lines instead of stopping at the first")->group(group);
 }
 
-void add_training_options(CLI::App& app, TrainingFlags& o) {
+void add_training_options(Flags& app, TrainingFlags& o) {
   const std::string group = "Training";
   TrainerOptions& t = o.trainer;
   app.add_option("--steps", t.steps, "optimizer steps")->required()->group(group);
@@ -62,7 +62,7 @@ void add_training_options(CLI::App& app, TrainingFlags& o) {
   app.add_option("--eval-batch", o.eval_batch, "rows of an evaluation pass")->group(group)->capture_default_str();
 }
 
-void add_output_options(CLI::App& app, TrainingFlags& o) {
+void add_output_options(Flags& app, TrainingFlags& o) {
   const std::string group = "Output";
   CheckpointOptions& c = o.trainer.checkpoint;
   app.add_option("-o,--out", o.out, "model directory to write")->required()->group(group);
@@ -97,7 +97,7 @@ std::vector<fs::path> paths(const std::vector<std::string>& names) { return {nam
 
 }  // namespace
 
-void add_training_flags(CLI::App& app, TrainingFlags& flags) {
+void add_training_flags(Flags& app, TrainingFlags& flags) {
   add_data_options(app, flags);
   add_training_options(app, flags);
   add_output_options(app, flags);
@@ -147,7 +147,11 @@ DataStream open_data(const TrainingFlags& o, const OlmoeConfig& config, const To
     fmt::print(stderr, "data: {} documents ({} lines skipped), {} tokens, {} with loss\n", report.documents,
                report.skipped, report.tokens, report.loss_tokens);
   }
-  return DataStream(std::move(documents), stream);
+  DataStream data(std::move(documents), stream);
+  if (data.num_truncated() > 0)
+    fmt::print(stderr, "warning: {} documents longer than a row, cut to {} tokens\n", data.num_truncated(),
+               stream.length);
+  return data;
 }
 
 std::vector<Document> open_eval_data(const TrainingFlags& o, const OlmoeConfig& config, const Tokenizer* tokenizer) {

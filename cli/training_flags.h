@@ -1,11 +1,11 @@
 #pragma once
 // Options of the verbs that run the training loop (train, recover), and what is made of them.
 
-#include <CLI/CLI.hpp>
 #include <filesystem>
 #include <string>
 #include <vector>
 
+#include "cli/flags.h"
 #include "loaders/dataset.h"
 #include "loaders/tokenizer.h"
 #include "model/config.h"
@@ -26,7 +26,7 @@ struct TrainingFlags {
   int64_t eval_batch = 32;
   bool force = false, dry_run = false, requeue = false, no_checkpoint_model = false;
 };
-void add_training_flags(CLI::App& app, TrainingFlags& flags);
+void add_training_flags(Flags& app, TrainingFlags& flags);
 
 // Everything that can be said without a model. default_aux_coef: where --aux-coef is not given.
 TrainerOptions trainer_options(const TrainingFlags& flags, const OlmoeConfig& config, double default_aux_coef);

@@ -4,7 +4,7 @@
 //
 //   static const RegisterVerb verb{{"inspect", "Models", "Show what a model directory holds",
 //   "lightmoe inspect MODEL",
-//     [](CLI::App& app) -> VerbAction {
+//     [](Flags& app) -> VerbAction {
 //       auto options = std::make_shared<Options>();
 //       app.add_option("model", options->model, "model directory")->required();
 //       return [options] { inspect(*options); };
@@ -14,10 +14,11 @@
 // one line on stderr and exits with the documented code. Options every verb has (main adds them):
 // --config --print-config --threads --gemm --device --trace --log-json.
 
-#include <CLI/CLI.hpp>
 #include <functional>
 #include <string>
 #include <vector>
+
+#include "cli/flags.h"
 
 namespace lightmoe::cli {
 
@@ -28,7 +29,7 @@ struct Verb {
   std::string group;    // heading in --help: "Models", "Compression", "Training", "Evaluation"
   std::string summary;  // one line
   std::string example;  // one command line, shown under --help
-  std::function<VerbAction(CLI::App&)> declare;
+  std::function<VerbAction(Flags&)> declare;
 };
 
 struct RegisterVerb {

@@ -48,7 +48,7 @@ void verify(const Options& options) {
 
 const RegisterVerb verb{{"verify", "Models",
                          "Check a model directory: marker, hashes, format, names and shapes, finite values",
-                         "lightmoe verify demo/base", [](CLI::App& app) -> VerbAction {
+                         "lightmoe verify demo/base", [](Flags& app) -> VerbAction {
                            auto options = std::make_shared<Options>();
                            app.add_option("model", options->model, "model directory")->required();
                            app.add_flag("--no-hashes", options->no_hashes, "do not compare hashes with the marker");

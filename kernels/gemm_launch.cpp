@@ -1,6 +1,7 @@
 #include "kernels/gemm_launch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <map>
 

@@ -97,7 +97,8 @@ void Evaluation::add_comparison(const std::vector<SequenceScore>& scores) {
 }
 
 void Evaluation::loss(std::vector<ScoredSequence> sequences, const std::string& what) {
-  for (size_t i = 0; i < sequences.size(); ++i) fit(sequences[i], model_, options_, fmt::format("{} {}", what, i + 1));
+  for (size_t i = 0; i < sequences.size(); ++i)
+    result_.truncated += fit(sequences[i], model_, options_, fmt::format("{} {}", what, i + 1));
   const std::vector<SequenceScore> scores = score(sequences, options_.reference != nullptr);
   RatioOfSums loss;
   for (const SequenceScore& s : scores) {
@@ -185,6 +186,7 @@ std::vector<Generation> Evaluation::answers(const std::vector<TextRecord>& recor
   GenerateReport report;
   std::vector<Generation> generated = generate(model_, prompts, options, &report);
   result_.forward_tokens += report.prefill_tokens + report.decode_tokens;
+  result_.truncated += report.truncated;
   return generated;
 }
 
@@ -220,7 +222,7 @@ void Evaluation::multiple_choice(const std::vector<TextRecord>& records) {
     for (const std::string& choice : record.choices) {
       sequences.push_back(
           continuation_sequence({text_of(record), choice}, *tokenizer_, prefix_id(model_), line_of(record)));
-      fit(sequences.back(), model_, options_, line_of(record));
+      result_.truncated += fit(sequences.back(), model_, options_, line_of(record));
     }
   }
   const std::vector<SequenceScore> scores = score(sequences, false);

@@ -58,6 +58,7 @@ struct EvalSample {  // one record, for the reader of a result file
 struct EvalResult {
   EvalMetric metric = EvalMetric::kAuto;  // never kAuto after evaluation
   int64_t records = 0, scored_tokens = 0, forward_tokens = 0;
+  int64_t truncated = 0;             // sequences of which the oldest tokens were dropped
   std::vector<MetricValue> metrics;  // the main one first
   std::vector<EvalSample> samples;
   double seconds = 0;

@@ -23,11 +23,9 @@ double EvalResult::value(std::string_view name) const {
 }
 
 Json to_json(const EvalResult& result) {
-  Json json = {{"metric", name_of(result.metric)},
-               {"records", result.records},
-               {"scored_tokens", result.scored_tokens},
-               {"forward_tokens", result.forward_tokens},
-               {"seconds", number(result.seconds)}};
+  Json json = {{"metric", name_of(result.metric)},      {"records", result.records},
+               {"scored_tokens", result.scored_tokens}, {"forward_tokens", result.forward_tokens},
+               {"truncated", result.truncated},         {"seconds", number(result.seconds)}};
   Json& metrics = json["metrics"] = Json::object();
   for (const MetricValue& m : result.metrics) {
     metrics[m.name] = {{"value", number(m.value)},
@@ -48,6 +46,9 @@ std::string to_table(const std::string& task, const EvalResult& result) {
     table += fmt::format("{:<24} {:<18} {:>12} {:>10} {:>7}\n", task, m.name, fmt::format("{:.6g}", m.value),
                          m.std_error ? fmt::format("{:.2g}", *m.std_error) : "-", result.records);
   }
+  if (result.truncated > 0)
+    table +=
+        fmt::format("{}: {} sequences longer than the context, their oldest tokens dropped\n", task, result.truncated);
   return table;
 }
 

@@ -172,13 +172,14 @@ ScoredSequence sequence_of(const Document& document) {
   return sequence;
 }
 
-void fit(ScoredSequence& sequence, const Olmoe& model, const EvalOptions& options, const std::string& what) {
+bool fit(ScoredSequence& sequence, const Olmoe& model, const EvalOptions& options, const std::string& what) {
   const int64_t context = context_length(model, options), excess = static_cast<int64_t>(sequence.ids.size()) - context;
-  if (excess <= 0) return;
+  if (excess <= 0) return false;
   check(options.truncate, ErrorKind::kInput, "{} has {} tokens, the context {}; --truncate drops the oldest", what,
         sequence.ids.size() + 1, context);
   sequence.ids.erase(sequence.ids.begin(), sequence.ids.begin() + excess);
   sequence.labels.erase(sequence.labels.begin(), sequence.labels.begin() + excess);
+  return true;
 }
 
 std::vector<ScoredSequence> rolling_windows(const std::vector<int32_t>& ids, int64_t context, int32_t prefix) {

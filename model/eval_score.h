@@ -31,8 +31,8 @@ int32_t prefix_id(const Olmoe& model);
 
 // A document as the trainer sees it: the first token is given, the loss falls where it says.
 ScoredSequence sequence_of(const Document& document);
-// The last `context` inputs, for sequences that are longer; Error(kInput) naming `what` unless options.truncate.
-void fit(ScoredSequence& sequence, const Olmoe& model, const EvalOptions& options, const std::string& what);
+// The last `context` inputs, for sequences that are longer; Error(kInput) naming `what` unless options.truncate. True: cut.
+bool fit(ScoredSequence& sequence, const Olmoe& model, const EvalOptions& options, const std::string& what);
 // All tokens in windows of at most `context` inputs; every id is a label exactly once. The first window starts with `prefix`
 // (without one, the first id is given); each later one has as much context as it holds beside its new tokens, one id at least.
 std::vector<ScoredSequence> rolling_windows(const std::vector<int32_t>& ids, int64_t context, int32_t prefix);

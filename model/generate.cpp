@@ -173,10 +173,11 @@ std::vector<Generation> generate(const Olmoe& model, const std::vector<std::vect
                                  const GenerateOptions& options, GenerateReport* report) {
   check_options(model, options);
   std::vector<std::vector<int32_t>> checked;
+  GenerateReport own;
   for (size_t i = 0; i < prompts.size(); ++i) {
     checked.push_back(checked_prompt(model, prompts[i], static_cast<int64_t>(i), options));
+    own.truncated += checked[i].size() < prompts[i].size();
   }
-  GenerateReport own;
   std::vector<Generation> results;
   for (size_t begin = 0; begin < prompts.size(); begin += static_cast<size_t>(options.batch)) {
     const size_t end = std::min(prompts.size(), begin + static_cast<size_t>(options.batch));

@@ -37,6 +37,7 @@ struct Generation {
 };
 struct GenerateReport {
   int64_t prefill_tokens = 0, decode_tokens = 0;  // ids fed in each phase
+  int64_t truncated = 0;                          // prompts of which the oldest tokens were dropped
   double prefill_seconds = 0, decode_seconds = 0;
 };
 

@@ -6,11 +6,10 @@
 #ifdef __CUDACC__
 #define FMT_USE_CONSTEXPR 1  // fmt 9 does not trust nvcc with constexpr, yet keeps the consteval that needs it
 #endif
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 namespace lightmoe {
 
@@ -36,21 +35,24 @@ class Error : public std::runtime_error {
   ErrorKind kind_;
 };
 
+// Formats and throws, out of line: what includes this header compiles no formatting.
+[[noreturn]] void throw_error(ErrorKind kind, fmt::string_view format, fmt::format_args values);
+
 template <class... Args>
 [[noreturn]] void fail(ErrorKind kind, fmt::format_string<Args...> format, Args&&... args) {
-  throw Error(kind, fmt::format(format, std::forward<Args>(args)...));
+  throw_error(kind, format, fmt::make_format_args(args...));
 }
 
 // check(ok, kind, "format", values...): throws when ok is false.
 template <class... Args>
 void check(bool ok, ErrorKind kind, fmt::format_string<Args...> format, Args&&... args) {
-  if (!ok) fail(kind, format, std::forward<Args>(args)...);
+  if (!ok) throw_error(kind, format, fmt::make_format_args(args...));
 }
 
 // For op arguments: a violation is this program's own fault.
 template <class... Args>
 void require(bool ok, fmt::format_string<Args...> format, Args&&... args) {
-  if (!ok) fail(ErrorKind::kInternal, format, std::forward<Args>(args)...);
+  if (!ok) throw_error(ErrorKind::kInternal, format, fmt::make_format_args(args...));
 }
 
 }  // namespace lightmoe

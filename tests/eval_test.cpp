@@ -1,5 +1,5 @@
-#include "loaders/json.h"
 #include "model/eval.h"
+#include "loaders/json.h"
 
 #include <cmath>
 #include <limits>
@@ -328,6 +328,8 @@ TEST(Eval, LimitsContextAndErrors) {
                          [&] { evaluate(model(), tokenizer(), {longer}, {.metric = EvalMetric::kLoss}); }));
   const EvalResult cut = evaluate(model(), tokenizer(), {longer}, {.metric = EvalMetric::kLoss, .truncate = true});
   EXPECT_EQ(cut.forward_tokens, 64);
+  EXPECT_EQ(cut.truncated, 1);
+  EXPECT_NE(to_table("task", cut).find("1 sequences longer"), std::string::npos);
   EXPECT_TRUE(fails_with(ErrorKind::kInput, {"no records"}, [&] { evaluate(model(), tokenizer(), {}, {}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kInput, {"line 1", "choices"}, [&] {
     evaluate(model(), tokenizer(), questions(), {.metric = EvalMetric::kMultipleChoice});

@@ -127,7 +127,9 @@ TEST(Generate, ContextAndTruncation) {
   EXPECT_NO_THROW(generate(model, {longest}, {.max_new_tokens = 5}));  // 60 + 5 - 1 = 64 positions
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, {"prompt 0", "60", "64", "--truncate"},
                          [&] { generate(model, {longest}, {.max_new_tokens = 6}); }));
-  const auto cut = generate(model, {longest}, {.max_new_tokens = 6, .truncate = true});
+  GenerateReport report;
+  const auto cut = generate(model, {longest, {1, 2}}, {.max_new_tokens = 6, .truncate = true}, &report);
+  EXPECT_EQ(report.truncated, 1);
   const auto same = generate(model, {{longest.begin() + 1, longest.end()}}, {.max_new_tokens = 6});
   EXPECT_EQ(cut[0].tokens, same[0].tokens);
 }
