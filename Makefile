@@ -61,6 +61,7 @@ ifeq ($(CUDA),1)
   LDLIBS += -L$(CUDA_HOME)/lib64 -Wl$(comma)-rpath$(comma)$(CUDA_HOME)/lib64 -lcudart -lcublasLt -lcublas
 endif
 
+ASAN_WARNINGS := $(if $(findstring clang,$(CXX)),,-Wno-uninitialized -Wno-maybe-uninitialized)
 CPPFLAGS += -I. $(if $(OPENBLAS_DIR),-I$(subst /lib/,/include/,$(OPENBLAS_DIR)))
 CXXFLAGS += -std=c++20 -g1 -Wall -Wextra -Werror -Wno-missing-field-initializers -fopenmp -fno-math-errno -fno-trapping-math -MMD -MP
 ifeq ($(MODE),release)
@@ -68,10 +69,11 @@ ifeq ($(MODE),release)
   # Compile fast where no time is spent.
   OPTIMIZE = $(if $(filter $(addprefix $(BUILD)/obj/,cli/% tests/% demo/%),$@),-O1,$(if $(filter $(BUILD)/obj/kernels/%.o,$(@:.sim.o=)),-O3,-O2))
 else ifeq ($(MODE),asan)
-  # NOTE: with sanitizers g++ 12 takes std::regex's states for uninitialised (its manual: more false warnings with -fsanitize).
+  # NOTE: with sanitizers g++ 12 takes std::regex's states and fmt's arguments for uninitialised (its manual: more false warnings with
+  # -fsanitize).
   OPTIMIZE = -O1
   CXXFLAGS += -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-    $(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized)
+    $(ASAN_WARNINGS)
   LDFLAGS += -fsanitize=address,undefined
 else ifeq ($(MODE),debug)
   CXXFLAGS += -O0 -march=$(ARCH)
@@ -141,7 +143,7 @@ $(BUILD)/device-tests: $(call objects,$(filter runtime/% kernels/%,$(LIBRARY_SOU
 # thread sanitizer go to the simulator's own detector, so that library is not linked. asan: address and undefined-behaviour sanitizers.
 RACE_FLAGS := -O2 -DLIGHTMOE_RACE
 RACE_KERNEL_FLAGS := -fsanitize=thread
-ASAN_FLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+ASAN_FLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer $(ASAN_WARNINGS)
 ASAN_LINK_FLAGS := -fsanitize=address,undefined
 SIMULATOR_SOURCES := $(wildcard kernels/device/simulator/*.cpp)
 define checking_build # name, variables' prefix
@@ -202,7 +204,7 @@ unit: $(BUILD)/lightmoe-tests $(BUILD)/lightmoe
 asan: setup
 	@$(MAKE) --no-print-directory MODE=release build/lightmoe-tests build/lightmoe
 	@$(MAKE) --no-print-directory MODE=asan build/asan/lightmoe-tests build/asan/lightmoe
-	@ASAN_OPTIONS=detect_leaks=0 build/asan/lightmoe-tests $(TEST_ARGS)
+	@ASAN_OPTIONS=detect_leaks=0 LIGHTMOE_TEST_PATIENCE=20 build/asan/lightmoe-tests $(TEST_ARGS)
 
 # Each tests/fuzz/*.cpp with libFuzzer, FUZZ_SECONDS of each; needs clang, which nothing else does. FUZZ_LIBRARY is what reads
 # files; the linker takes from it what a target calls.

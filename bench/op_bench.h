@@ -4,7 +4,7 @@
 // large copy in the same process. On the device that LIGHTMOE_BENCH_DEVICE names.
 
 #include <benchmark/benchmark.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <cstdlib>
 #include <functional>

@@ -1,6 +1,6 @@
 #include "cli/config_file.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <CLI/CLI.hpp>
 
 #include <toml++/toml.h>

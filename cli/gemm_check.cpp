@@ -1,6 +1,6 @@
 // lightmoe gemm-check: is a plug-in right, and how fast is it beside what is built in?
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <chrono>

@@ -1,4 +1,4 @@
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <signal.h>
 #include <CLI/CLI.hpp>
 
@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <map>
 #include <new>
-#include <nlohmann/json.hpp>
 
 #include "cli/config_file.h"
 #include "cli/verb.h"
@@ -94,8 +93,8 @@ int report_error(int code, const std::string& message, bool as_json) {
   std::fflush(stdout);
   const std::string line = one_line(message);
   if (as_json) {
-    const nlohmann::ordered_json object = {{"error", {{"code", code}, {"message", line}}}};
-    fmt::print(stderr, "{}\n", object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
+    const Json object = {{"error", {{"code", code}, {"message", line}}}};
+    fmt::print(stderr, "{}\n", object.dump(-1, ' ', false, Json::error_handler_t::replace));
   } else {
     fmt::print(stderr, "error[E{}] {}\n", code, line);
   }

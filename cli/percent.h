@@ -1,7 +1,7 @@
 #pragma once
 // A percentage that counts up on one line of stderr; quiet when stderr is no terminal.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <unistd.h>
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 #include "compress/prefetch.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <filesystem>
 

@@ -1,6 +1,6 @@
 #include "compress/recover.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <memory>
 

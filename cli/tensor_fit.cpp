@@ -1,6 +1,6 @@
 #include "compress/tensor_fit.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "cli/verb.h"
 #include "compress/weights.h"

@@ -1,6 +1,6 @@
 #include "cli/training_flags.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include "cli/load.h"
 #include "model/progress.h"

@@ -1,6 +1,6 @@
 // The page around the charts: one file, no network, no script.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <cmath>

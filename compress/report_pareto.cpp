@@ -1,6 +1,6 @@
 #include "compress/report_pareto.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <array>

@@ -1,7 +1,7 @@
 #pragma once
 // Lists, counts and sizes in messages. NOTE: fmt::join in one format call with other arguments makes g++ 12 warn at -O3 (stringop-overflow).
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <cstdint>
 #include <string>

@@ -4,7 +4,7 @@
 // (demo/translation.h), and a little text of our own (English, Esperanto and Novan without a translation beside it, sentences about a
 // house). The intents of the smart home and most words' Esperanto are not in it; the forms that they come in are.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <unordered_set>
 

@@ -1,7 +1,7 @@
 // Trains the demo's tokenizer: demo-train_tokenizer TEXT.jsonl DIRECTORY [--vocabulary N]. Byte-level BPE, digits one by one,
 // on the text of the records (every answer included); writes tokenizer.json and what Hugging Face wants beside it.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <cstdio>
 #include <filesystem>

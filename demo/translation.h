@@ -6,7 +6,7 @@
 // one of the first of its list. Every sentence of the task has a word whose translation was not in such a pair, and no sentence of
 // the task occurs in pretraining, in any of the languages.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <set>
 

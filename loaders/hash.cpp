@@ -1,6 +1,6 @@
 #include "loaders/hash.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <algorithm>
 #include <vector>

@@ -7,6 +7,9 @@
 #include "loaders/output.h"
 #include "runtime/error.h"
 
+template class nlohmann::basic_json<nlohmann::ordered_map>;
+template class nlohmann::detail::serializer<nlohmann::ordered_json>;
+
 namespace lightmoe {
 namespace {
 

@@ -9,6 +9,10 @@
 
 #include "loaders/json_type.h"
 
+// Instantiated in json.cpp alone: a second less of every compilation.
+extern template class nlohmann::basic_json<nlohmann::ordered_map>;
+extern template class nlohmann::detail::serializer<nlohmann::ordered_json>;
+
 namespace lightmoe {
 
 struct JsonLimits {

@@ -1,6 +1,6 @@
 #include "model/parameter_table.h"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <functional>
 

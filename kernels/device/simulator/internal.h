@@ -1,7 +1,7 @@
 #pragma once
 // State of the simulator, shared by its own files only.
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 #include <functional>
 #include <map>
