@@ -33,7 +33,15 @@ static int32_t broken_enqueue(void* context, const Problem* given, void* space, 
   Problem p = *given;
   if (fault("crash")) raise(SIGSEGV);
   if (fault("status")) return 7;
-  if (fault("gather")) p.a_rows = NULL;
+  if (fault("gather") && p.a_rows != NULL) { /* every row takes its neighbour's */
+    const int64_t rows = p.kind == LIGHTMOE_GEMM_GROUPED_K || p.trans_a ? p.k : p.m;
+    int32_t* turned = malloc((size_t)rows * sizeof(int32_t) + 1);
+    for (int64_t i = 0; i < rows; ++i) turned[i] = given->a_rows[(i + 1) % rows];
+    p.a_rows = turned;
+    const int32_t status = enqueue(context, &p, space, bytes, stream);
+    free(turned);
+    return status;
+  }
   if (fault("rounding")) p.round_bf16 = 0;
   if (fault("skipped") && p.kind == LIGHTMOE_GEMM_GROUPED_M) {
     void* some = NULL;
