@@ -232,6 +232,23 @@ TEST(SimFault, TrapAndLaunchLimits) {
   EXPECT_THROW(launch<trap_kernel>({.blocks = {1}, .threads = {32}, .shared_bytes = 228 << 10}), Error);
 }
 
+// A report names the line of the launch, which is not that of the kernel, whether the launch or the kernel is at fault.
+TEST(SimFault, ReportsNameTheLaunch) {
+  const auto expect_place = [](int line, auto&& action) {
+    try {
+      action();
+      ADD_FAILURE() << "no fault";
+    } catch (const Error& error) {
+      const std::string place = fmt::format("launched at simt_fault_test.cu:{}", line);
+      EXPECT_NE(std::string(error.what()).find(place), std::string::npos) << error.what() << ", expected " << place;
+    }
+  };
+  expect_place(__LINE__, [] { launch<trap_kernel>({.blocks = {1}, .threads = {32}}); });
+  expect_place(__LINE__, [] { launch<trap_kernel>({.blocks = {1}, .threads = {1025}}); });
+  expect_place(__LINE__, [] { launch<trap_kernel>({.blocks = {1, 65536}, .threads = {32}}); });
+  expect_place(__LINE__, [] { launch<trap_kernel>({.blocks = {1}, .threads = {32}, .shared_bytes = 228 << 10}); });
+}
+
 __global__ void undefined_behaviour_kernel(int* out, int shift) { out[0] = 1 << shift; }
 TEST(SimFault, UndefinedBehaviour) {
   const DeviceArray<int> out(1);

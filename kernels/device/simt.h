@@ -49,10 +49,16 @@ using Dim3 = dim3;
 struct Launch {
   Dim3 blocks, threads;
   size_t shared_bytes = 0;
+  const char* file = __builtin_FILE();  // where the launch stands, for errors
+  int line = __builtin_LINE();
 };
 
 inline void check_cuda(cudaError_t error, const char* what) {
   check(error == cudaSuccess, ErrorKind::kDevice, "cuda: {}: {}", what, cudaGetErrorString(error));
+}
+inline void check_launch(cudaError_t error, const Launch& config, const char* kernel) {
+  check(error == cudaSuccess, ErrorKind::kDevice, "cuda: {}: {}; launched at {}:{}", kernel, cudaGetErrorString(error),
+        config.file, config.line);
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -82,14 +88,16 @@ template <auto kKernel, class... Arguments>
 void launch(const Launch& config, Arguments&&... arguments) {
   if (config.blocks.x == 0 || config.blocks.y == 0 || config.blocks.z == 0) return;
   if (config.shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(config.shared_bytes)),
-               __PRETTY_FUNCTION__);
+    check_launch(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(config.shared_bytes)),
+        config, __PRETTY_FUNCTION__);
   }
   const auto stream = static_cast<cudaStream_t>(compute_stream(kDevice));
   kKernel<<<config.blocks, config.threads, config.shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
-  check_cuda(cudaGetLastError(), __PRETTY_FUNCTION__);
-  if (wait_after_launch() && !is_recording(kDevice)) check_cuda(cudaStreamSynchronize(stream), __PRETTY_FUNCTION__);
+  check_launch(cudaGetLastError(), config, __PRETTY_FUNCTION__);
+  if (!wait_after_launch() || is_recording(kDevice)) return;
+  check_launch(cudaStreamSynchronize(stream), config, __PRETTY_FUNCTION__);
 }
 
 template <class T>

@@ -34,6 +34,8 @@ using simulator::Dim3;
 struct Launch {
   Dim3 blocks, threads;
   size_t shared_bytes = 0;
+  const char* file = __builtin_FILE();  // where the launch stands, for errors
+  int line = __builtin_LINE();
 };
 
 inline int multiprocessors() { return 4; }  // small, so that small tests meet what large products do
@@ -50,7 +52,7 @@ void launch(const Launch& config, Arguments&&... arguments) {
   using Parameters = decltype(detail::parameters_of(kKernel));
   Parameters parameters{static_cast<Arguments&&>(arguments)...};
   const char* name = __PRETTY_FUNCTION__;
-  const simulator::Grid grid{config.blocks, config.threads, config.shared_bytes};
+  const simulator::Grid grid{config.blocks, config.threads, config.shared_bytes, {config.file, config.line}};
   constexpr auto entry = [](void* p) {
     std::apply([](const auto&... values) { kKernel(values...); }, *static_cast<Parameters*>(p));
   };

@@ -126,6 +126,7 @@ struct WgmmaRecord {  // all warps of a warpgroup must issue the same sequence
 
 struct Block {
   const char* kernel = "";
+  Site launched{};
   Index3 index{};
   Dim3 size, grid;
   uint32_t linear = 0;
@@ -158,8 +159,10 @@ struct Block {
 
 inline Thread* current() { return static_cast<Thread*>(current_view); }
 std::string place(Site site);                 // "rms_norm.cu:31"
+// LIGHTMOE_SIM_LAUNCHES=FILE gets a line for every kernel of this process, with the most dynamic shared memory it was launched with.
+void record_launch(const char* kernel, const Grid& grid);
 std::string kernel_name(const char* pretty);  // out of launch's __PRETTY_FUNCTION__
-std::string describe(const Block& block);     // "kernel K, block (0,0,0)"
+std::string describe(const Block& block);     // "kernel K launched at F:L, block (0,0,0)"
 inline bool same_place(Site a, Site b) { return a.line == b.line && std::string_view(a.file) == b.file; }
 
 // Ends the block: the report names what happened, kernel, block, thread, file and line.

@@ -125,6 +125,7 @@ void Worker::reset_threads() {
 void Worker::run(const char* kernel, const Grid& grid, uint64_t linear, uint64_t seed) {
   Block& b = block_;
   b.kernel = kernel;
+  b.launched = grid.launched;
   b.size = grid.threads;
   b.grid = grid.blocks;
   b.linear = static_cast<uint32_t>(linear);
@@ -167,14 +168,14 @@ void check_launch(const char* kernel, const Grid& grid) {
   const uint64_t threads = uint64_t{grid.threads.x} * grid.threads.y * grid.threads.z;
   require(current_view == nullptr, "sim: a kernel launches {}", kernel_name(kernel));
   check(threads > 0 && threads <= kMaxThreads && grid.threads.z <= 64, ErrorKind::kDevice,
-        "sim: kernel {}: block of ({},{},{}) threads, a block has 1 to 1024", kernel_name(kernel), grid.threads.x,
-        grid.threads.y, grid.threads.z);
+        "sim: kernel {}: block of ({},{},{}) threads, a block has 1 to 1024; launched at {}", kernel_name(kernel),
+        grid.threads.x, grid.threads.y, grid.threads.z, place(grid.launched));
   check(grid.blocks.x <= 2147483647u && grid.blocks.y <= 65535 && grid.blocks.z <= 65535, ErrorKind::kDevice,
-        "sim: kernel {}: grid of ({},{},{}) blocks, limits are 2147483647, 65535, 65535", kernel_name(kernel),
-        grid.blocks.x, grid.blocks.y, grid.blocks.z);
+        "sim: kernel {}: grid of ({},{},{}) blocks, limits are 2147483647, 65535, 65535; launched at {}",
+        kernel_name(kernel), grid.blocks.x, grid.blocks.y, grid.blocks.z, place(grid.launched));
   check(grid.shared_bytes <= kSharedBytes, ErrorKind::kDevice,
-        "sim: kernel {}: {} bytes of shared memory, a block has {}", kernel_name(kernel), grid.shared_bytes,
-        kSharedBytes);
+        "sim: kernel {}: {} bytes of shared memory, a block has {}; launched at {}", kernel_name(kernel),
+        grid.shared_bytes, kSharedBytes, place(grid.launched));
 }
 
 // Random order of blocks: an affine permutation of their numbers.
@@ -199,6 +200,7 @@ std::mutex launch_mutex;
 
 void launch(const char* kernel, const Grid& grid, void (*entry)(void*), void* argument) {
   check_launch(kernel, grid);
+  record_launch(kernel, grid);
   const OpenDeviceMemory open;
   const uint64_t blocks = uint64_t{grid.blocks.x} * grid.blocks.y * grid.blocks.z;
   const uint64_t number = num_launches++;

@@ -55,10 +55,12 @@ struct Statistics {
 };
 Statistics& statistics();  // of all launches so far
 
-// Runs entry(argument) once for every thread of the grid. Throws Error(kDevice) naming kernel, block, thread, file and line.
+// Runs entry(argument) once for every thread of the grid. Throws Error(kDevice) naming kernel, block, thread, file and line, and those of
+// the launch.
 struct Grid {
   Dim3 blocks, threads;
   size_t shared_bytes;
+  Site launched;
 };
 void launch(const char* kernel, const Grid& grid, void (*entry)(void*), void* argument);
 

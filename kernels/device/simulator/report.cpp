@@ -1,6 +1,10 @@
 // Texts of faults, and the numbers that are kept.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <map>
+#include <mutex>
 
 #include "kernels/device/simulator/internal.h"
 #include "runtime/error.h"
@@ -38,6 +42,29 @@ void Statistics::add(const Statistics& other) {
   bulk_copies += other.bulk_copies;
 }
 
+namespace {
+
+struct LaunchRecord {
+  const char* file = std::getenv("LIGHTMOE_SIM_LAUNCHES");
+  std::mutex mutex;
+  std::map<std::string, size_t> most_shared;
+  ~LaunchRecord() {
+    if (file == nullptr) return;
+    std::ofstream out(file);
+    for (const auto& [kernel, bytes] : most_shared) out << kernel << "  " << bytes << " bytes\n";
+  }
+};
+
+}  // namespace
+
+void record_launch(const char* kernel, const Grid& grid) {
+  static LaunchRecord record;
+  if (record.file == nullptr) return;
+  const std::lock_guard<std::mutex> lock(record.mutex);
+  size_t& most = record.most_shared[kernel_name(kernel)];
+  most = std::max(most, grid.shared_bytes);
+}
+
 std::string place(Site site) {
   if (site.file == nullptr) return "?";
   const char* slash = std::strrchr(site.file, '/');
@@ -60,8 +87,8 @@ std::string kernel_name(const char* pretty) {
 }
 
 std::string describe(const Block& block) {
-  return fmt::format("kernel {}, block ({},{},{})", kernel_name(block.kernel), block.index.x, block.index.y,
-                     block.index.z);
+  return fmt::format("kernel {} launched at {}, block ({},{},{})", kernel_name(block.kernel), place(block.launched),
+                     block.index.x, block.index.y, block.index.z);
 }
 
 void raise_fault(const char* kind, Site site, const std::string& message) {
