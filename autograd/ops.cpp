@@ -3,7 +3,6 @@
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
 #include "kernels/rms_norm.h"
-#include "kernels/rope.h"
 #include "kernels/router.h"
 #include "kernels/swiglu.h"
 
@@ -29,22 +28,45 @@ Var embedding(Tape& tape, const Tensor& ids, const ParameterPtr& table) {
 }
 
 Var rms_norm(Tape& tape, const Var& x, const ParameterPtr& w, double eps) {
-  Var y = Tape::output(empty_like(x.value), x.needs_grad() || w->trainable);
-  const bool keep = tape.wants(y);
+  return add_rms_norm(tape, x, {}, w, eps).y;
+}
+
+Normed add_rms_norm(Tape& tape, const Var& x, const Var& branch, const ParameterPtr& w, double eps) {
+  const bool adds = branch.value.defined();
+  Normed out{.sum = Tape::output(adds ? branch.value : x.value, x.needs_grad() || branch.needs_grad()), .y = {}};
+  out.y = Tape::output(empty_like(x.value), out.sum.needs_grad() || w->trainable);
+  if (!adds) out.sum.rebuild = x.rebuild;
+  const bool keep = tape.wants(out.y);
   const Tensor rstd = keep ? Tensor::empty({x.value.dim(0)}, x.value.dtype()) : Tensor();
-  run(RmsNorm{.x = x.value, .w = w->value, .eps = eps, .y = y.value, .rstd = rstd});
-  if (!keep) return y;
-  y.rebuild = std::make_shared<Rebuild>([x = Saved(x), w, eps] {
-    const Tensor x_value = x.get(), again = empty_like(x_value);
-    run(RmsNorm{.x = x_value, .w = w->value, .eps = eps, .y = again});
+  run(RmsNorm{.x = x.value,
+              .w = w->value,
+              .eps = eps,
+              .y = out.y.value,
+              .rstd = rstd,
+              .residual = branch.value,
+              .sum = adds ? out.sum.value : Tensor()});
+  if (!keep) return out;
+  out.y.rebuild = std::make_shared<Rebuild>([sum = Saved(out.sum), w, eps] {
+    const Tensor sum_value = sum.get(), again = empty_like(sum_value);
+    run(RmsNorm{.x = sum_value, .w = w->value, .eps = eps, .y = again});
     return again;
   });
-  tape.record(y, [x = Saved(x), dx = x.grad, w, rstd](const Tensor& dy) {
-    const Tensor fresh = empty_like(dy);
-    run(RmsNormBackward{.x = x.get(), .w = w->value, .rstd = rstd, .dy = dy, .dx = fresh, .dw = grad_of(w)});
-    if (dx) dx->add(fresh);
+  tape.record([sum = Saved(out.sum), dsum_slot = out.sum.grad, dy_slot = out.y.grad, dx = x.grad, dbranch = branch.grad,
+               w, rstd] {
+    const Tensor dy = dy_slot->take(), dsum = dsum_slot != nullptr ? dsum_slot->take() : Tensor();
+    Tensor d = dsum;
+    if (dy.defined()) {
+      d = empty_like(dy);
+      run(RmsNormBackward{
+          .x = sum.get(), .w = w->value, .rstd = rstd, .dy = dy, .dx = d, .dw = grad_of(w), .dsum = dsum});
+    }
+    if (!d.defined()) return;
+    const bool alone = dy.defined() && (dx == nullptr || dbranch == nullptr);
+    for (const GradPtr& slot : {dx, dbranch}) {
+      if (slot != nullptr) alone ? slot->add(d) : slot->share(d);
+    }
   });
-  return y;
+  return out;
 }
 
 Var linear(Tape& tape, const Var& x, const ParameterPtr& w, GemmCompute compute) {
@@ -93,22 +115,56 @@ Var swiglu(Tape& tape, const Var& h) {
   return a;
 }
 
-Var rope_in_place(Tape& tape, const Var& x, const Tensor& positions, int64_t head_dim, double theta) {
-  Var y = Tape::output(x.value, x.needs_grad());
-  const Rope op{.x = x.value, .positions = positions, .head_dim = head_dim, .theta = theta, .y = x.value};
-  run(op);
-  if (!tape.wants(y)) return y;
-  if (x.rebuild) {
-    y.rebuild = std::make_shared<Rebuild>([before = x.rebuild, positions, head_dim, theta] {
-      const Tensor again = before->fresh();
-      run(Rope{.x = again, .positions = positions, .head_dim = head_dim, .theta = theta, .y = again});
+namespace {
+
+// One of the two as it goes through qk_norm_rope.
+struct NormedRows {
+  Saved x;
+  GradPtr dx, dy;
+  ParameterPtr w;
+  Tensor rstd;
+};
+
+}  // namespace
+
+QueriesKeys qk_norm_rope(Tape& tape, const QueriesKeys& x, const QkNorm& norm, const HeadTurns& turns) {
+  QueriesKeys y;
+  std::vector<NormedRows> kept;
+  QkNormRope op{.turns = turns, .eps = norm.eps, .limit = norm.limit};
+  const auto add = [&](const Var& in, const ParameterPtr& w, Var& out, QkNormRope::Rows& rows) {
+    const bool needs = in.needs_grad() || w->trainable, keep = tape.recording() && needs;
+    out = Tape::output(keep ? empty_like(in.value) : in.value, needs);
+    rows = {.x = in.value, .w = w->value, .y = out.value, .rstd = {}};
+    if (!keep) return;
+    rows.rstd = Tensor::empty({in.value.dim(0)}, in.value.dtype());
+    kept.push_back({Saved(in), in.grad, out.grad, w, rows.rstd});
+    out.rebuild = std::make_shared<Rebuild>([in = Saved(in), w, turns, eps = norm.eps, limit = norm.limit] {
+      const Tensor value = in.get(), again = empty_like(value);
+      run(QkNormRope{.q = {.x = value, .w = w->value, .y = again, .rstd = {}},
+                     .k = {},
+                     .turns = turns,
+                     .eps = eps,
+                     .limit = limit});
       return again;
     });
-  }
-  tape.record(y, [positions, head_dim, theta, dx = x.grad](const Tensor& dy) {
-    const Tensor fresh = empty_like(dy);
-    run(Rope{.x = dy, .positions = positions, .head_dim = head_dim, .theta = theta, .inverse = true, .y = fresh});
-    dx->add(fresh);
+  };
+  add(x.q, norm.q, y.q, op.q);
+  if (x.k.value.defined()) add(x.k, norm.k, y.k, op.k);
+  run(op);
+  if (kept.empty()) return y;
+  tape.record([kept = std::move(kept), turns, limit = norm.limit] {
+    QkNormRopeBackward op{.q = {}, .k = {}, .turns = turns, .limit = limit};
+    std::vector<std::pair<GradPtr, Tensor>> fresh_gradients;
+    for (const NormedRows& one : kept) {
+      const Tensor dy = one.dy->take();
+      if (!dy.defined()) continue;
+      const Tensor fresh = empty_like(dy);
+      (op.q.x.defined() ? op.k : op.q) = {
+          .x = one.x.get(), .w = one.w->value, .rstd = one.rstd, .dy = dy, .dx = fresh, .dw = grad_of(one.w)};
+      if (one.dx) fresh_gradients.emplace_back(one.dx, fresh);
+    }
+    if (op.q.x.defined()) run(op);
+    for (const auto& [slot, fresh] : fresh_gradients) slot->add(fresh);
   });
   return y;
 }

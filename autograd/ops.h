@@ -7,6 +7,7 @@
 #include "autograd/tape.h"
 #include "kernels/attention.h"
 #include "kernels/gemm.h"
+#include "kernels/qk_norm_rope.h"
 
 namespace lightmoe {
 
@@ -14,12 +15,26 @@ DType activation_dtype(DType weight);  // f64 for f64, else f32
 
 Var embedding(Tape& tape, const Tensor& ids, const ParameterPtr& table);
 Var rms_norm(Tape& tape, const Var& x, const ParameterPtr& w, double eps);
+// sum = x + branch, written over branch, which nothing else reads any more; without branch (an empty Var) sum is x. y is sum's norm.
+// In backward the gradient that sum's other readers give is added in the same pass.
+struct Normed {
+  Var sum, y;
+};
+Normed add_rms_norm(Tape& tape, const Var& x, const Var& branch, const ParameterPtr& w, double eps);
 Var linear(Tape& tape, const Var& x, const ParameterPtr& w, GemmCompute compute);
 Var clamp(Tape& tape, const Var& x, double limit);
 Var swiglu(Tape& tape, const Var& h);
-// These two write their output over an input that nothing else reads any more.
-Var rope_in_place(Tape& tape, const Var& x, const Tensor& positions, int64_t head_dim, double theta);
-Var add_in_place(Tape& tape, const Var& x, const Var& branch);  // over branch
+// Norm, limit (infinity: none) and rotation of queries and keys, written over them where nothing is recorded: nothing else reads them.
+// k may be empty.
+struct QueriesKeys {
+  Var q, k;
+};
+struct QkNorm {
+  ParameterPtr q, k;
+  double eps = 1e-5, limit = std::numeric_limits<double>::infinity();
+};
+QueriesKeys qk_norm_rope(Tape& tape, const QueriesKeys& x, const QkNorm& norm, const HeadTurns& turns);
+Var add_in_place(Tape& tape, const Var& x, const Var& branch);  // over branch, which nothing else reads any more
 // Keys and values are this batch's own rows.
 Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const AttentionSequences& sequences,
               int64_t head_dim);

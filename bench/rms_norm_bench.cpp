@@ -14,6 +14,13 @@ void add(int64_t rows, int64_t width, DType dtype) {
     return bench::Work{.bytes = bench::bytes_of({x, y}),
                        .run = [=] { run(RmsNorm{.x = x, .w = w, .y = y, .rstd = rstd}); }};
   });
+  bench::add("op/add_rms_norm" + suffix, [=] {
+    const Tensor x = bench::random({rows, width}, dtype), w = bench::random({width}, dtype), residual = x.clone();
+    const Tensor y = x.clone(), sum = x.clone(), rstd = Tensor::empty({rows}, DType::kF32);
+    return bench::Work{.bytes = bench::bytes_of({x, residual, y, sum}), .run = [=] {
+                         run(RmsNorm{.x = x, .w = w, .y = y, .rstd = rstd, .residual = residual, .sum = sum});
+                       }};
+  });
   bench::add("op/rms_norm_backward" + suffix, [=] {
     const Tensor x = bench::random({rows, width}, dtype), w = bench::random({width}, dtype), dy = x.clone(),
                  dx = x.clone();

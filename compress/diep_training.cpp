@@ -58,13 +58,13 @@ Var run_blocks(Tape& tape, const Olmoe& model, const Batch& batch, const std::ve
                        .sequences = batch.sequences,
                        .cache_rows = {},
                        .slot_weights = weights};
-  Var x = embedding(tape, batch.ids, model.embedding);
+  Residual state{embedding(tape, batch.ids, model.embedding), {}};
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     context.layer = static_cast<int>(l);
-    x = attention_half(tape, x, model.blocks[l], context);
-    x = moe_half(tape, x, model.blocks[l], context, Recompute::kNone).out;
+    state = attention_half(tape, std::move(state), model.blocks[l], context);
+    state = moe_half(tape, std::move(state), model.blocks[l], context, Recompute::kNone).out;
   }
-  return rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
+  return final_norm(tape, state, model);
 }
 
 // lambda || h - original ||_F / || original ||_F; the gradient at distance 0 is taken as 0.

@@ -19,8 +19,14 @@ void forward(const RmsNorm& op) {
   const W* w = op.w.data<W>();
   T* y = op.y.data<T>();
   C* rstd = op.rstd.defined() ? op.rstd.data<C>() : nullptr;
+  const T *first = x, *residual = op.residual.defined() ? op.residual.data<T>() : nullptr;
+  T* stored = residual != nullptr ? op.sum.data<T>() : nullptr;
+  if (residual != nullptr) x = stored;
   parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
+      for (int64_t i = t * n; residual != nullptr && i < (t + 1) * n; ++i) {
+        store(stored, i, load(first, i) + load(residual, i));
+      }
       C sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = 0; i < n; ++i) sum += load(x, t * n + i) * load(x, t * n + i);
@@ -52,6 +58,7 @@ void backward(const RmsNormBackward& op) {
     });
   }
   T* dx = op.dx.data<T>();
+  const T* dsum = op.dsum.defined() ? op.dsum.data<T>() : nullptr;
   parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       C dot = 0;
@@ -62,7 +69,8 @@ void backward(const RmsNormBackward& op) {
       const C r = rstd[t], correction = dot / static_cast<C>(n) * r * r;
       for (int64_t i = 0; i < n; ++i) {
         const C g = load(dy, t * n + i) * static_cast<C>(load(w, i));
-        store(dx, t * n + i, r * (g - load(x, t * n + i) * correction));
+        const C own = r * (g - load(x, t * n + i) * correction);
+        store(dx, t * n + i, dsum != nullptr ? load(dsum, t * n + i) + own : own);
       }
     }
   });
@@ -87,6 +95,11 @@ void run(const RmsNorm& op) {
   require_tensor(op.w, "rms_norm", "w", {op.x.dim(1)}, op.w.dtype());
   require_tensor(op.y, "rms_norm", "y", op.x.shape(), op.x.dtype());
   if (op.rstd.defined()) require_tensor(op.rstd, "rms_norm", "rstd", {op.x.dim(0)}, accumulator_of(op.x.dtype()));
+  require(op.residual.defined() == op.sum.defined(), "rms_norm: residual and sum go together, one of them is missing");
+  if (op.residual.defined()) {
+    require_tensor(op.residual, "rms_norm", "residual", op.x.shape(), op.x.dtype());
+    require_tensor(op.sum, "rms_norm", "sum", op.x.shape(), op.x.dtype());
+  }
   dispatch(op, op.x.device(), "rms_norm");
 }
 
@@ -98,6 +111,7 @@ void run(const RmsNormBackward& op) {
   require_tensor(op.dy, "rms_norm_backward", "dy", op.x.shape(), op.x.dtype());
   require_tensor(op.dx, "rms_norm_backward", "dx", op.x.shape(), op.x.dtype());
   if (op.dw.defined()) require_tensor(op.dw, "rms_norm_backward", "dw", {op.x.dim(1)}, accumulator);
+  if (op.dsum.defined()) require_tensor(op.dsum, "rms_norm_backward", "dsum", op.x.shape(), op.x.dtype());
   dispatch(op, op.x.device(), "rms_norm_backward");
 }
 

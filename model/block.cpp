@@ -7,37 +7,36 @@
 namespace lightmoe {
 namespace {
 
-Var projection(Tape& tape, const Var& x, const ParameterPtr& weight, const ParameterPtr& norm,
-               const BlockContext& context) {
-  Var y = linear(tape, x, weight, context.compute);
-  if (norm != nullptr) y = rms_norm(tape, y, norm, context.config.rms_norm_eps);
-  if (context.config.clip_qkv) y = clamp(tape, y, *context.config.clip_qkv);
-  return y;
+Normed norm_of(Tape& tape, Residual in, const ParameterPtr& weight, const BlockContext& context) {
+  return add_rms_norm(tape, in.x, in.branch, weight, context.config.rms_norm_eps);
 }
 
 }  // namespace
 
-Var attention_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context) {
-  const TraceRange trace(TraceLevel::kLayer, "attention", x.value.dim(0), context.layer);
+Residual attention_half(Tape& tape, Residual in, const Block& block, const BlockContext& context) {
+  const TraceRange trace(TraceLevel::kLayer, "attention", in.x.value.dim(0), context.layer);
   const OlmoeConfig& config = context.config;
   const AttentionWeights& w = block.attention;
   const int64_t head_dim = config.head_dim();
-  Var n = rms_norm(tape, x, block.input_norm, config.rms_norm_eps);
-  Var q = projection(tape, n, w.q, w.q_norm, context);
-  Var k = projection(tape, n, w.k, w.k_norm, context);
-  Var v = projection(tape, n, w.v, nullptr, context);
-  n = {};
-  q = rope_in_place(tape, q, context.positions, head_dim, config.rope_theta);
-  k = rope_in_place(tape, k, context.positions, head_dim, config.rope_theta);
+  Normed n = norm_of(tape, std::move(in), block.input_norm, context);
+  if (context.observer != nullptr && context.observer->on_hidden) {
+    context.observer->on_hidden(context.layer, n.sum.value);
+  }
+  QueriesKeys qk{linear(tape, n.y, w.q, context.compute), linear(tape, n.y, w.k, context.compute)};
+  Var v = linear(tape, n.y, w.v, context.compute);
+  n.y = {};
+  QkNorm norm{.q = w.q_norm, .k = w.k_norm, .eps = config.rms_norm_eps};
+  if (config.clip_qkv) norm.limit = *config.clip_qkv, v = clamp(tape, v, norm.limit);
+  qk = qk_norm_rope(tape, qk, norm, {.positions = context.positions, .head_dim = head_dim, .theta = config.rope_theta});
   if (context.cache != nullptr) {
     const auto layer = static_cast<size_t>(context.layer);
-    run(ScatterRows{.x = k.value, .index = context.cache_rows, .y = context.cache->k[layer]});
+    run(ScatterRows{.x = qk.k.value, .index = context.cache_rows, .y = context.cache->k[layer]});
     run(ScatterRows{.x = v.value, .index = context.cache_rows, .y = context.cache->v[layer]});
-    k = Tape::constant(context.cache->k[layer]), v = Tape::constant(context.cache->v[layer]);
+    qk.k = Tape::constant(context.cache->k[layer]), v = Tape::constant(context.cache->v[layer]);
   }
-  Var out = attention(tape, q, k, v, context.sequences, head_dim);
-  q = k = v = {};
-  return add_in_place(tape, x, linear(tape, out, w.o, context.compute));
+  Var out = attention(tape, qk.q, qk.k, v, context.sequences, head_dim);
+  qk = {}, v = {};
+  return {n.sum, linear(tape, out, w.o, context.compute)};
 }
 
 namespace {
@@ -67,11 +66,12 @@ Var weighted_by_slot(Tape& tape, const Var& gates, const Tensor& slots, const Pa
 
 }  // namespace
 
-MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context, Recompute recompute) {
-  const TraceRange trace(TraceLevel::kLayer, "moe", x.value.dim(0), context.layer);
+MoeHalf moe_half(Tape& tape, Residual in, const Block& block, const BlockContext& context, Recompute recompute) {
+  const TraceRange trace(TraceLevel::kLayer, "moe", in.x.value.dim(0), context.layer);
   const OlmoeConfig& config = context.config;
   const MoeLayer& layer = block.moe;
-  Var n = rms_norm(tape, x, block.post_attention_norm, config.rms_norm_eps);
+  Normed normed = norm_of(tape, std::move(in), block.post_attention_norm, context);
+  Var n = std::move(normed.y);
   MoeHalf half{
       .out = {},
       .routing = router(tape, n, layer.router, removed_mask(layer),
@@ -98,9 +98,12 @@ MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContex
   };
   std::vector<Var> y =
       recompute == Recompute::kMoe ? tape.checkpoint({n, r.gates}, experts) : experts(tape, {n, r.gates});
-  n = {};
-  half.out = add_in_place(tape, x, y[0]);
+  half.out = {std::move(normed.sum), y[0]};
   return half;
+}
+
+Var final_norm(Tape& tape, const Residual& in, const Olmoe& model) {
+  return add_rms_norm(tape, in.x, in.branch, model.final_norm, model.config.rms_norm_eps).y;
 }
 
 }  // namespace lightmoe

@@ -21,14 +21,21 @@ struct BlockContext {
   const std::vector<ParameterPtr>* slot_weights = nullptr;
 };
 
-// x + attention. x may be released by the caller afterwards.
-Var attention_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context);
+// The residual stream between two halves: x + branch, which the next norm adds up in its own pass (and writes over branch).
+// branch may be empty.
+struct Residual {
+  Var x, branch;
+};
+// branch: attention. Tells the observer the block's input.
+Residual attention_half(Tape& tape, Residual in, const Block& block, const BlockContext& context);
 
 struct MoeHalf {
-  Var out;  // x + experts
+  Residual out;  // branch: experts
   Routing routing;
 };
-MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context, Recompute recompute);
+MoeHalf moe_half(Tape& tape, Residual in, const Block& block, const BlockContext& context, Recompute recompute);
+// The last norm, of the residual stream behind all blocks.
+Var final_norm(Tape& tape, const Residual& in, const Olmoe& model);
 
 // All blocks and the final norm, without gradients.
 Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context);

@@ -10,16 +10,23 @@
 namespace lightmoe {
 namespace {
 
-// The whole block as a function of x, for recomputation: outputs x, router probabilities, slots (without gradient).
-std::vector<Var> block_forward(Tape& tape, const Var& x, const Block& block, const BlockContext& context,
-                               Recompute recompute) {
-  const Var middle = attention_half(tape, x, block, context);
-  MoeHalf half = moe_half(tape, middle, block, context, recompute);
-  return {half.out, half.routing.probs, Tape::constant(half.routing.slots)};
-}
-
-void observe_hidden(const Observer* observer, int layer, const Var& x) {
-  if (observer != nullptr && observer->on_hidden) observer->on_hidden(layer, x.value);
+// A block in training: out, and what the balancing loss reads. kBlock keeps the sum that comes in alone and runs the block again in backward.
+struct BlockPass {
+  Residual out;
+  Var probs;
+  Tensor slots;
+};
+BlockPass block_pass(Tape& tape, Residual in, const Block& block, const BlockContext& context, Recompute recompute) {
+  if (recompute != Recompute::kBlock) {
+    MoeHalf half = moe_half(tape, attention_half(tape, std::move(in), block, context), block, context, recompute);
+    return {std::move(half.out), half.routing.probs, half.routing.slots};
+  }
+  const auto whole = [&block, context](Tape& t, const std::vector<Var>& x) -> std::vector<Var> {
+    const MoeHalf half = moe_half(t, attention_half(t, {x[0], {}}, block, context), block, context, Recompute::kBlock);
+    return {add_in_place(t, half.out.x, half.out.branch), half.routing.probs, Tape::constant(half.routing.slots)};
+  };
+  const std::vector<Var> out = tape.checkpoint({in.x}, whole);
+  return {{out[0], {}}, out[1], out[2].value};
 }
 
 void drop_repeated(std::vector<ParameterPtr>& list) {
@@ -31,16 +38,17 @@ void drop_repeated(std::vector<ParameterPtr>& list) {
 
 Tensor run_blocks(const Olmoe& model, const Tensor& ids, BlockContext context) {
   Tape tape(false);
-  Var x = embedding(tape, ids, model.embedding);
+  Residual state{embedding(tape, ids, model.embedding), {}};
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     context.layer = static_cast<int>(l);
-    observe_hidden(context.observer, context.layer, x);
-    x = attention_half(tape, x, model.blocks[l], context);
-    x = moe_half(tape, x, model.blocks[l], context, Recompute::kNone).out;
+    state = attention_half(tape, std::move(state), model.blocks[l], context);
+    state = moe_half(tape, std::move(state), model.blocks[l], context, Recompute::kNone).out;
   }
-  x = rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
-  observe_hidden(context.observer, static_cast<int>(model.blocks.size()), x);
-  return x.value;
+  const Tensor hidden = final_norm(tape, state, model).value;
+  if (context.observer != nullptr && context.observer->on_hidden) {
+    context.observer->on_hidden(static_cast<int>(model.blocks.size()), hidden);
+  }
+  return hidden;
 }
 
 KvCache::KvCache(const OlmoeConfig& config, int64_t sequences, int64_t max, DType dtype)
@@ -165,20 +173,15 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
                          .observer = options.observer};
     std::vector<Var> probs;
     std::vector<Tensor> slots;
-    Var x = embedding(tape, batch.ids, model.embedding);
+    Residual state{embedding(tape, batch.ids, model.embedding), {}};
     for (size_t l = 0; l < model.blocks.size(); ++l) {
       context.layer = static_cast<int>(l);
-      const Recompute inside = options.recompute;
-      const auto run_block = [&block = model.blocks[l], context, inside](Tape& t, const std::vector<Var>& in) {
-        return block_forward(t, in[0], block, context, inside);
-      };
-      std::vector<Var> out = inside == Recompute::kBlock ? tape.checkpoint({x}, run_block) : run_block(tape, {x});
-      x = out[0];
-      probs.push_back(out[1]);
-      slots.push_back(out[2].value);
+      BlockPass pass = block_pass(tape, std::move(state), model.blocks[l], context, options.recompute);
+      state = std::move(pass.out);
+      probs.push_back(pass.probs);
+      slots.push_back(pass.slots);
     }
-    x = rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
-    ce = root(tape, x);
+    ce = root(tape, final_norm(tape, state, model));
     Tape reporting(false);
     const double aux_scale = options.aux_coef * options.aux_scale;
     aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);

@@ -54,14 +54,55 @@ TEST(Autograd, LinearUsedTwiceAddsItsGradients) {
   expect_good(loss, {x}, {w1, w2});
 }
 
-TEST(Autograd, ClampSwiGluRope) {
+TEST(Autograd, ClampSwiGlu) {
   const Var x = variable({5, 8}, 1);
   const Tensor wide = random_tensor({5, 8}, DType::kF64, 2), half = random_tensor({5, 4}, DType::kF64, 3);
-  const Tensor positions = Tensor::from<int32_t>({0, 1, 2, 100, 3}, {5});
   expect_good([&](Tape& tape) { return dot_loss(tape, clamp(tape, x, 0.7), wide); }, {x});
   expect_good([&](Tape& tape) { return dot_loss(tape, swiglu(tape, x), half); }, {x});
-  expect_good([&](Tape& tape) { return dot_loss(tape, rope_in_place(tape, copy_of(x), positions, 4, 1e4), wide); },
-              {x});
+}
+
+// Queries and keys of different widths, each wanted, and each alone.
+TEST(Autograd, QkNormRope) {
+  const Var q = variable({5, 8}, 1), k = variable({5, 4}, 2);
+  const QkNorm norm{.q = parameter({8}, 3), .k = parameter({4}, 4), .eps = 1e-5, .limit = 1.1};
+  const HeadTurns turns{.positions = Tensor::from<int32_t>({0, 1, 2, 100, 3}, {5}), .head_dim = 4};
+  const Tensor wide = random_tensor({5, 8}, DType::kF64, 5), half = random_tensor({5, 4}, DType::kF64, 6);
+  for (const int wanted : {1, 2, 3}) {
+    const auto loss = [&](Tape& tape) {
+      const QueriesKeys y = qk_norm_rope(tape, {copy_of(q), copy_of(k)}, norm, turns);
+      return (wanted & 1 ? dot_loss(tape, y.q, wide) : 0) + (wanted & 2 ? dot_loss(tape, y.k, half) : 0);
+    };
+    expect_good(loss, {q, k}, {norm.q, norm.k});
+  }
+  const Tensor kept = q.value.clone();
+  Tape quiet(false);
+  const QueriesKeys over = qk_norm_rope(quiet, {Tape::constant(kept), Tape::constant(k.value.clone())}, norm, turns);
+  EXPECT_EQ(over.q.value.raw(), kept.raw());  // nothing is recorded: in place
+}
+
+// The residual stream as the blocks hand it on: each norm adds the branch before it; sum and norm are both read.
+TEST(Autograd, AddRmsNorm) {
+  const Var x = variable({3, 4}, 1);
+  const ParameterPtr w = parameter({4, 4}, 2), norm = parameter({4}, 3), last = parameter({4}, 4);
+  const Tensor weights = random_tensor({3, 4}, DType::kF64, 5);
+  const auto loss = [&](Tape& tape) {
+    Var sum = x, branch;
+    for (int layer = 0; layer < 3; ++layer) {
+      const Normed n = add_rms_norm(tape, sum, branch, norm, 1e-5);
+      sum = n.sum, branch = linear(tape, n.y, w, {});
+    }
+    return dot_loss(tape, add_rms_norm(tape, sum, branch, last, 1e-5).y, weights);
+  };
+  expect_good(loss, {x}, {w, norm, last});
+  // Sum alone, and norm alone, reach the loss.
+  const Var branch = variable({3, 4}, 6);
+  for (const bool of_sum : {false, true}) {
+    const auto one = [&](Tape& tape) {
+      const Normed n = add_rms_norm(tape, x, copy_of(branch), norm, 1e-5);
+      return dot_loss(tape, of_sum ? n.sum : n.y, weights);
+    };
+    expect_good(one, {x, branch}, {norm});
+  }
 }
 
 TEST(Autograd, ResidualWithBothPaths) {
@@ -219,9 +260,10 @@ TEST(Autograd, CheapValuesAreRebuiltInsteadOfKept) {
                      w2 = parameter({kWidth, kWidth}, 3);
   std::vector<int32_t> places(kRows);
   for (int32_t i = 0; i < kRows; ++i) places[static_cast<size_t>(i)] = i;
-  const Tensor positions = Tensor::from(places, {kRows});
+  const HeadTurns turns{.positions = Tensor::from(places, {kRows}), .head_dim = 4};
   const auto chain = [&](Tape& tape, const Var& x) {  // as the queries go, and twice into products
-    Var y = rope_in_place(tape, clamp(tape, rms_norm(tape, x, norm, 1e-5), 1.1), positions, 4, 1e4);
+    const Var n = clamp(tape, rms_norm(tape, x, norm, 1e-5), 1.1);
+    const Var y = qk_norm_rope(tape, {n, Var{}}, {.q = norm, .k = nullptr, .eps = 1e-5}, turns).q;
     return add_in_place(tape, linear(tape, y, w1, {}), linear(tape, y, w2, {}));
   };
   const Var x = variable({kRows, kWidth}, 4);
@@ -230,8 +272,8 @@ TEST(Autograd, CheapValuesAreRebuiltInsteadOfKept) {
   const int64_t before = memory_use(MemoryCategory::kActivations).live_bytes;
   Tape tape;
   dot_loss(tape, chain(tape, x), weights);
-  EXPECT_EQ(memory_use(MemoryCategory::kActivations).live_bytes - before, kRows * 8);  // the norm's 1 / rms alone
-  EXPECT_LT(kRows * 8, kBytes);
+  EXPECT_EQ(memory_use(MemoryCategory::kActivations).live_bytes - before, 2 * kRows * 8);  // the norms' 1 / rms alone
+  EXPECT_LT(2 * kRows * 8, kBytes);
 }
 
 TEST(Autograd, SharedGradientsAreNotWrittenOver) {

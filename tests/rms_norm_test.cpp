@@ -1,5 +1,6 @@
 #include "kernels/rms_norm.h"
 
+#include "kernels/elementwise.h"
 #include "tests/cases/rms_norm.h"
 #include "tests/support/devices.h"
 
@@ -64,6 +65,55 @@ TEST(RmsNorm, MatchesTheEquation) {
   });
 }
 
+// With a residual: the bits of an addition and a norm of its result, and the gradient of the sum's other readers on top.
+void check_residual(const cases::RmsNormCase& c, DType dtype) {
+  SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << c.rows << " x " << c.width);
+  const DType accumulator = dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+  const Shape shape{c.rows, c.width};
+  const Tensor x = random_tensor(shape, dtype, 1), residual = random_tensor(shape, dtype, 4);
+  const Tensor w = random_tensor({c.width}, dtype, 2), dy = random_tensor(shape, dtype, 3),
+               dsum = random_tensor(shape, dtype, 5);
+  const Tensor sum = Tensor::empty(shape, dtype), y = Tensor::empty(shape, dtype),
+               rstd = Tensor::empty({c.rows}, accumulator);
+  run(Add{.a = x, .b = residual, .y = sum});
+  run(RmsNorm{.x = sum, .w = w, .eps = kEps, .y = y, .rstd = rstd});
+  const Guarded own_sum(shape, dtype), own_y(shape, dtype), own_rstd({c.rows}, accumulator), dx(shape, dtype);
+  run(RmsNorm{.x = x,
+              .w = w,
+              .eps = kEps,
+              .y = own_y.tensor(),
+              .rstd = own_rstd.tensor(),
+              .residual = residual,
+              .sum = own_sum.tensor()});
+  EXPECT_TRUE(testing::bits_equal(own_sum.tensor(), sum));
+  EXPECT_TRUE(testing::bits_equal(own_y.tensor(), y));
+  EXPECT_TRUE(testing::bits_equal(own_rstd.tensor(), rstd));
+  // The sum over the residual, as the model does.
+  const Tensor over = residual.clone();
+  run(RmsNorm{.x = x, .w = w, .eps = kEps, .y = own_y.tensor(), .residual = over, .sum = over});
+  EXPECT_TRUE(testing::bits_equal(over, sum));
+  EXPECT_TRUE(testing::bits_equal(own_y.tensor(), y));
+
+  Oracle oracle(sum, w, dy);
+  const std::vector<double> other = to_doubles(dsum);
+  for (size_t i = 0; i < other.size(); ++i) oracle.dx[i] += other[i];
+  const double tolerance = testing::sum_tolerance(dtype, c.width) + 4 * testing::unit_roundoff(dtype);
+  run(RmsNormBackward{.x = sum, .w = w, .rstd = rstd, .dy = dy, .dx = dx.tensor(), .dw = {}, .dsum = dsum});
+  EXPECT_TRUE(testing::close(dx.tensor(), oracle.dx, tolerance, 4 * tolerance * oracle.largest_term));
+  const Tensor over_dsum = dsum.clone(), dw = Tensor::zeros({c.width}, accumulator);
+  run(RmsNormBackward{.x = sum, .w = w, .rstd = rstd, .dy = dy, .dx = over_dsum, .dw = dw, .dsum = over_dsum});
+  EXPECT_TRUE(testing::bits_equal(over_dsum, dx.tensor()));
+  EXPECT_TRUE(testing::close(dw, oracle.dw, testing::sum_tolerance(accumulator, c.rows) + 4 * 0x1p-24));
+}
+
+TEST(RmsNorm, AddsAResidualInTheSamePass) {
+  testing::on_each_device<RmsNorm, RmsNormBackward>([] {
+    for (const auto& c : cases::rms_norm) {
+      for (const DType dtype : testing::floating_dtypes()) check_residual(c, dtype);
+    }
+  });
+}
+
 TEST(RmsNorm, GradientCheck) {
   const Tensor x = random_tensor({3, 7}, DType::kF64, 4), w = random_tensor({7}, DType::kF64, 5);
   const Tensor dy = random_tensor({3, 7}, DType::kF64, 6);
@@ -109,6 +159,10 @@ TEST(RmsNorm, WorksInPlaceAndAccumulatesTheWeightGradient) {
 TEST(RmsNorm, RefusesWrongShapes) {
   const Tensor x = Tensor::zeros({2, 4}, DType::kF32), w = Tensor::zeros({3}, DType::kF32);
   EXPECT_THROW(run(RmsNorm{.x = x, .w = w, .y = x}), Error);
+  const Tensor four = Tensor::zeros({4}, DType::kF32), narrow = Tensor::zeros({2, 3}, DType::kF32);
+  run(RmsNorm{.x = x, .w = four, .y = x});
+  EXPECT_THROW(run(RmsNorm{.x = x, .w = four, .y = x, .rstd = {}, .residual = x}), Error);
+  EXPECT_THROW(run(RmsNorm{.x = x, .w = four, .y = x, .rstd = {}, .residual = narrow, .sum = x}), Error);
 }
 
 }  // namespace
