@@ -27,6 +27,7 @@ Var attention_half(Tape& tape, const Var& x, const Block& block, const BlockCont
 struct MoeHalf {
   Var out;  // x + experts
   Routing routing;
+  Var open;  // blocks of units (model/moe_extension.h), undefined where there are none
 };
 MoeHalf moe_half(Tape& tape, const Var& x, const Block& block, const BlockContext& context, Recompute recompute);
 

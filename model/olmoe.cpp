@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <unordered_set>
 
+#include "autograd/extension_ops.h"
 #include "model/block.h"
 #include "model/training_pass.h"
 #include "runtime/trace.h"
@@ -10,12 +11,15 @@
 namespace lightmoe {
 namespace {
 
-// The whole block as a function of x, for recomputation: outputs x, router probabilities, slots (without gradient).
+// The whole block as a function of x, for recomputation: outputs x, router probabilities, slots (without gradient), and how open
+// blocks of units are, where there are any.
 std::vector<Var> block_forward(Tape& tape, const Var& x, const Block& block, const BlockContext& context,
                                Recompute recompute) {
   const Var middle = attention_half(tape, x, block, context);
   MoeHalf half = moe_half(tape, middle, block, context, recompute);
-  return {half.out, half.routing.probs, Tape::constant(half.routing.slots)};
+  std::vector<Var> out{half.out, half.routing.probs, Tape::constant(half.routing.slots)};
+  if (half.open.value.defined()) out.push_back(half.open);
+  return out;
 }
 
 void observe_hidden(const Observer* observer, int layer, const Var& x) {
@@ -163,7 +167,7 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
                          .compute = options.compute,
                          .cache_rows = {},
                          .observer = options.observer};
-    std::vector<Var> probs;
+    std::vector<Var> probs, opens;
     std::vector<Tensor> slots;
     Var x = embedding(tape, batch.ids, model.embedding);
     for (size_t l = 0; l < model.blocks.size(); ++l) {
@@ -176,6 +180,7 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
       x = out[0];
       probs.push_back(out[1]);
       slots.push_back(out[2].value);
+      if (out.size() > 3) opens.push_back(out[3]);
     }
     x = rms_norm(tape, x, model.final_norm, model.config.rms_norm_eps);
     ce = root(tape, x);
@@ -184,6 +189,10 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
     aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
     const double entropy_scale = options.entropy_coef * options.aux_scale;
     if (entropy_scale != 0) losses.entropy = router_entropy_loss(tape, probs, batch.mask, entropy_scale);
+    const double sparsity_scale = options.sparsity_coef * options.aux_scale;
+    check(sparsity_scale == 0 || !opens.empty(), ErrorKind::kUsage,
+          "a sparsity loss needs an extension with gates of blocks of units (dsmoe); the model has none");
+    if (sparsity_scale != 0) losses.open = openness_loss(tape, opens, batch.mask, sparsity_scale);
   }
   const TraceRange trace(TraceLevel::kPhase, "backward", batch.tokens());
   tape.backward();
