@@ -61,6 +61,7 @@ DistillationLoss run_rows(const Var& x, const ParameterPtr& w, const Tensor& lab
     if (labels.data<int32_t>()[t] != kIgnored) rows.push_back(static_cast<int32_t>(t));
   }
   const int64_t vocabulary = w->value.dim(0);
+  const Tensor& teacher_head = d.head.defined() ? d.head : w->value;
   const auto chunk =
       static_cast<size_t>(std::max<int64_t>(1, kChunkBytes / (vocabulary * static_cast<int64_t>(sizeof(T)))));
   DistillationLoss sum;
@@ -71,8 +72,11 @@ DistillationLoss run_rows(const Var& x, const ParameterPtr& w, const Tensor& lab
                  teacher = Tensor::empty(student.shape(), x.value.dtype());
     run(Gemm{
         .a = rows_of(x.value, rows, begin, end), .b = w->value, .c = student, .trans_b = true, .compute = compute});
-    run(Gemm{
-        .a = rows_of(d.teacher, rows, begin, end), .b = w->value, .c = teacher, .trans_b = true, .compute = compute});
+    run(Gemm{.a = rows_of(d.teacher, rows, begin, end),
+             .b = teacher_head,
+             .c = teacher,
+             .trans_b = true,
+             .compute = compute});
     std::vector<RowLoss> losses(static_cast<size_t>(count));
     parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -96,6 +100,8 @@ DistillationLoss distillation_loss(Tape& tape, const Var& x, const ParameterPtr&
                                    const Distillation& d, const LossScale& scale) {
   require(d.teacher.defined() && d.teacher.shape() == x.value.shape() && d.teacher.dtype() == x.value.dtype(),
           "distillation: the teacher's states are not of the student's shape and type");
+  require(!d.head.defined() || d.head.shape() == w->value.shape(),
+          "distillation: the teacher's head is {}, expected {}", d.head.shape(), w->value.shape());
   check(!w->trainable, ErrorKind::kUsage, "distillation: {} trains, but both models read it", w->name);
   check(is_host_memory(x.value.device()), ErrorKind::kDevice, "distillation runs on the CPU only, not on {}",
         name_of(x.value.device()));

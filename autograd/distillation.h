@@ -7,10 +7,11 @@
 namespace lightmoe {
 
 // Towards another model's output: over labelled rows, scale * sum of (1 - weight) CE + weight T^2 KL(softmax(t / T) || softmax(z / T)), z and
-// t the logits that the same frozen LM head w makes of x and of the teacher's final states (T^2 keeps the gradient's size, Hinton
-// et al. 1503.02531). On the CPU only; w [V,D] must be frozen (Error(kUsage)).
+// t the logits that a frozen LM head makes of x and of the teacher's final states (T^2 keeps the gradient's size, Hinton et al.
+// 1503.02531). On the CPU only; w [V,D] must be frozen (Error(kUsage)).
 struct Distillation {
   Tensor teacher;  // [T,D], of x's type
+  Tensor head;     // the teacher's own [V,D]; undefined: w
   double weight = 0.5, temperature = 1;
 };
 struct LossScale {

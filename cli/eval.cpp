@@ -31,7 +31,8 @@ struct TaskResult {
   EvalResult result;
 };
 
-Json report(const Options& options, const EvalOptions& eval, const std::vector<TaskResult>& results) {
+Json report(const Options& options, const EvalOptions& eval, const RunRouting& routing,
+            const std::vector<TaskResult>& results) {
   Json json = {{"version", version()},
                {"model", options.model.path},
                {"reference", options.reference.empty() ? Json(nullptr) : Json(options.reference)}};
@@ -50,13 +51,7 @@ Json report(const Options& options, const EvalOptions& eval, const std::vector<T
                     {"gemm", eval.gemm},
                     {"experts_per_token", options.routing.experts_per_token},
                     {"decoding", "greedy"}};
-  if (!options.routing.skip_statistics.empty()) {
-    json["config"]["skip"] = {{"statistics", options.routing.skip_statistics},
-                              {"quantile", options.routing.skip_quantile},
-                              {"by_likeness", options.routing.skip_by_likeness},
-                              {"chosen", eval.routing->counts->chosen},
-                              {"skipped", eval.routing->counts->skipped}};
-  }
+  if (const Json choices = routing.report(); !choices.is_null()) json["config"].update(choices);
   Json& tasks = json["tasks"] = Json::array();
   for (const TaskResult& task : results) {
     Json one = {{"file", task.file}, {"file_hash", task.hash}};
@@ -123,8 +118,8 @@ void run_eval(const Options& options) {
     const std::string name = (file.parent_path().filename() / file.stem()).string();
     fmt::print("{}", to_table(name, task.result));
   }
-  if (eval.routing != nullptr) fmt::print("{}\n", routing.summary());
-  if (!options.out.empty()) write_file_atomically(options.out, report(options, eval, results).dump(2) + "\n");
+  fmt::print("{}", routing.summary());
+  if (!options.out.empty()) write_file_atomically(options.out, report(options, eval, routing, results).dump(2) + "\n");
 }
 
 const RegisterVerb verb{

@@ -119,7 +119,7 @@ void run_generate(Options& options) {
   GenerateReport report;
   const std::vector<Generation> results = generate(*loaded.model, ids, options.generate, &report);
   print(options, prompts, results, report);
-  if (routing.options() != nullptr) fmt::print(stderr, "{}\n", routing.summary());
+  fmt::print(stderr, "{}", routing.summary());
 }
 
 const RegisterVerb verb{

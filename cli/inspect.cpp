@@ -7,6 +7,7 @@
 #include "compress/weights.h"
 #include "loaders/json.h"
 #include "loaders/safetensors_header.h"
+#include "model/moe_extension.h"
 #include "model/summary.h"
 
 namespace lightmoe::cli {
@@ -65,6 +66,12 @@ void print_layers(const ModelSummary& s) {
                x.sharing_slots, x.borrowed, x.zero_slots, x.removed_slots, x.constant_slots, x.latent_slots, x.adapters,
                range(x.smallest_rank, x.largest_rank), units);
   }
+  for (size_t l = 0; l < s.layers.size(); ++l) {
+    const std::string& extension = s.layers[l].extension;
+    if (!extension.empty() && (l == 0 || extension != s.layers[l - 1].extension))
+      fmt::print("  extension from layer {} on: {}  ({})\n", l, extension,
+                 find_extension(extension.substr(0, extension.find(':'))).summary);
+  }
   fmt::print(
       "  own: stored experts of one slot; shared: of several slots (sharing); borrowed: of both, stored by "
       "another layer; zero: slots whose expert is W = 0; units: width of the stored experts\n");
@@ -110,7 +117,8 @@ Json to_json(const ModelSummary& s, const std::string& model, bool tensors) {
                              {"adapters", x.adapters},
                              {"smallest_rank", x.smallest_rank},
                              {"largest_rank", x.largest_rank},
-                             {"widths", x.widths}});
+                             {"widths", x.widths},
+                             {"extension", x.extension}});
   }
   out["tokenizer"] = s.has_tokenizer;
   out["complete_marker"] = s.has_marker;

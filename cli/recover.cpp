@@ -23,7 +23,8 @@ struct Options {
   std::optional<double> anneal;
   double anneal_gamma = 3;
   double distill = 0, distill_temperature = 1;
-  bool no_merge = false;
+  bool no_merge = false, router_kd = false;
+  std::string extend;
   double entropy_coef = 0;
   TrainingFlags training;
 };
@@ -38,6 +39,8 @@ RecoveryOptions recovery_options(const Options& o, const OlmoeConfig& config, do
           .seed = {},
           .merge = !o.no_merge,
           .train_routers = o.entropy_coef > 0,
+          .router_kd = o.router_kd,
+          .extend = o.extend.empty() ? std::optional<ExtensionShape>() : parse_extension(o.extend),
           .dtype = parse_dtype(o.frozen_dtype, config),
           .say = [](const std::string& line) { fmt::print(stderr, "{}\n", line); }};
 }
@@ -51,6 +54,10 @@ void dry_run(const Options& o, const RecoveryOptions& options, const TrainerOpti
     fmt::print("originals       {} until step {:.0f} (annealing)\n", format_bytes(e.original_bytes),
                std::ceil(options.annealing->eps * static_cast<double>(t.steps)));
     fmt::print("peak memory     about {}\n", format_bytes(e.training.total_bytes() + e.original_bytes));
+  }
+  if (e.teacher_bytes > 0) {
+    fmt::print("teacher         {}\n", format_bytes(e.teacher_bytes));
+    fmt::print("peak memory     about {}\n", format_bytes(e.training.total_bytes() + e.teacher_bytes));
   }
   fmt::print("written         {} parameters, {} ({} bytes of tensors)\n", human_count(e.stored_parameters),
              format_bytes(e.stored_bytes), e.stored_bytes);
@@ -68,6 +75,8 @@ Json result_json(const Options& o, const Recovery& recovery, const TrainResult& 
                {"anneal_shape", o.anneal_shape},
                {"distill", o.distill},
                {"merged", !o.no_merge}};
+  if (!o.extend.empty()) json["extension"] = o.extend;
+  if (o.router_kd) json["router_kd"] = {{"temperature", o.distill_temperature}, {"kl", recovery.teacher_kl()}};
   if (result.eval_loss) json["eval_loss"] = *result.eval_loss;
   return json;
 }
@@ -77,14 +86,15 @@ void run_recover(Options& o) {
   const OlmoeConfig config = read_config(o.compressed);
   const CompressionRecord record = read_record(o.compressed);
   const Method& method = find_method(record.method);
-  check(method.trainable != Trainable::kNothing, ErrorKind::kUsage, "{}: method \"{}\" trains nothing", o.compressed,
+  check(o.router_kd || !o.extend.empty() || method.trainable != Trainable::kNothing, ErrorKind::kUsage,
+        "{}: method \"{}\" trains nothing (--router-kd trains its routers, --extend an extension)", o.compressed,
         record.method);
   // The router is frozen unless everything trains: balancing it has no use then.
-  TrainerOptions t =
-      trainer_options(f, config, method.trainable == Trainable::kEverything ? config.router_aux_loss_coef : 0.0);
+  const bool everything = method.trainable == Trainable::kEverything && !o.router_kd && o.extend.empty();
+  TrainerOptions t = trainer_options(f, config, everything ? config.router_aux_loss_coef : 0.0);
   check(o.entropy_coef >= 0, ErrorKind::kUsage, "--entropy-coef {:g}: expected 0 or more", o.entropy_coef);
   t.entropy_coef = o.entropy_coef;
-  const RecoveryOptions options = recovery_options(o, config, method.anneal);
+  const RecoveryOptions options = recovery_options(o, config, o.router_kd ? 0 : method.anneal);
   const DType saved = saved_dtype(f, config);
   if (f.dry_run) return dry_run(o, options, t, saved);
   std::unique_ptr<Tokenizer> tokenizer;
@@ -141,6 +151,14 @@ const RegisterVerb verb{
        app.add_option("--distill-temperature", o->distill_temperature, "of both outputs")
            ->group(group)
            ->capture_default_str();
+       app.add_flag("--router-kd", o->router_kd,
+                    "train the routers alone, towards the original's next tokens at --distill-temperature (2603.02217)")
+           ->group(group);
+       app.add_option(
+              "--extend", o->extend,
+              "train an extension of every MoE block, KIND or KIND:setting=number,.., instead of adapters and bases "
+              "(train --help lists them)")
+           ->group("Extension");
        app.add_flag("--no-merge", o->no_merge, "keep the adapters of experts that were not replaced")->group(group);
        app.add_option("--entropy-coef", o->entropy_coef,
                       "weight of the routers' entropy, which then train too: tokens need fewer experts (SEER-MoE)")

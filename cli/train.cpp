@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/extension_flags.h"
 #include "cli/load.h"
 #include "cli/training_flags.h"
 #include "cli/verb.h"
@@ -30,6 +31,8 @@ struct Options {
   TrainingFlags training;
   std::vector<std::string> train_only, freeze;
   int64_t orthogonal_every = 0;
+  ExtensionFlags extension;
+  double sparsity_coef = 0;
 };
 
 void write_model(const Olmoe& model, const Options& o, const fs::path& directory) {
@@ -55,6 +58,8 @@ void run_train(Options& o) {
   TrainerOptions t = trainer_options(f, config, config.router_aux_loss_coef);
   check(o.orthogonal_every >= 0, ErrorKind::kUsage, "--orthogonal-every {}: expected 0 (none) or more",
         o.orthogonal_every);
+  check(o.sparsity_coef >= 0, ErrorKind::kUsage, "--sparsity-coef {:g}: expected 0 or more", o.sparsity_coef);
+  t.sparsity_coef = o.sparsity_coef;
   std::unique_ptr<Tokenizer> tokenizer;
   if (fs::exists(fs::path(o.model.path) / "tokenizer.json")) {
     tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(o.model.path));
@@ -66,6 +71,7 @@ void run_train(Options& o) {
   if (!f.dry_run) output = std::make_unique<OutputDirectory>(f.out, f.force, std::vector<fs::path>{o.model.path});
   LoadedModel loaded = load(o.model);
   Olmoe& model = *loaded.model;
+  extend(model, o.extension, f.stream.seed);
   select_trainable(model.parameters(), o.train_only, o.freeze);
   const TrainingEstimate estimate =
       estimate_training(config, model.parameters(), f.stream.rows * f.stream.length, t.recompute);
@@ -75,6 +81,8 @@ void run_train(Options& o) {
     return;
   }
   t.fingerprint["model"] = model_hash(o.model.path);
+  if (!o.extension.extend.empty()) t.fingerprint["extension"] = o.extension.extend + " " + o.extension.clusters;
+  if (o.sparsity_coef != 0) t.fingerprint["sparsity"] = fmt::format("{:g}", o.sparsity_coef);
   TrainerHooks hooks;
   if (!eval_documents.empty()) {
     hooks.evaluate = [&](int64_t) {
@@ -116,6 +124,12 @@ const RegisterVerb verb{
            ->group(group);
        app.add_option("--freeze", options->freeze, "do not train parameters with such names ('*.mlp.gate.weight')")
            ->group(group);
+       add_extension_flags(app, options->extension);
+       app.add_option(
+              "--sparsity-coef", options->sparsity_coef,
+              "weight of the mean openness of blocks of units (extension dsmoe): closes those that are not needed")
+           ->group("Extension")
+           ->capture_default_str();
        app.add_option("--orthogonal-every", options->orthogonal_every,
                       "steps between those whose expert gradients are orthogonal to the other experts (OMoE; 0 = none)")
            ->group(group)

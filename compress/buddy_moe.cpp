@@ -3,31 +3,17 @@
 // Published (a note): for off-loaded experts at run time: lists cut at cumulative 0.95, at most three substitutions a token, no buddy twice,
 // conditions on the router's confidence. Ours is its fixed form, as a slot table: the most used experts of each layer are resident, as
 // many as the budget says, and every other slot points to the resident slot it is chosen together with most often (ties and pairs
-// never seen together: the most used). Gates add up where a token chose both. No run-time conditions; nothing is loaded later.
+// never seen together: the most used). Gates add up where a token chose both. The run-time form, with lists and conditions, is
+// model/buddies.h.
 
 #include <algorithm>
 #include <numeric>
 
+#include "compress/buddy_lists.h"
 #include "compress/expert_budget.h"
-#include "compress/expert_sample.h"
 
 namespace lightmoe {
 namespace {
-
-std::vector<double> coactivations(const MethodInput& input, int64_t layer) {
-  const auto n = static_cast<size_t>(input.config.num_experts);
-  const auto top_k = static_cast<size_t>(input.config.num_experts_per_token);
-  const LayerSample sample = layer_sample(input, layer);
-  std::vector<double> together(n * n, 0.0);
-  for (size_t t = 0; t < static_cast<size_t>(sample.tokens()); ++t) {
-    const int32_t* slots = &sample.slots[t * top_k];
-    for (size_t a = 0; a < top_k; ++a) {
-      for (size_t b = 0; b < top_k; ++b)
-        together[static_cast<size_t>(slots[a]) * n + static_cast<size_t>(slots[b])] += 1;
-    }
-  }
-  return together;
-}
 
 Plan plan(const MethodInput& input) {
   const auto resident = static_cast<size_t>(experts_per_layer(input, 1));
@@ -35,7 +21,7 @@ Plan plan(const MethodInput& input) {
   Plan plan;
   for (int64_t l = 0; l < input.config.num_layers; ++l) {
     const std::vector<double>& use = input.statistics.layers[static_cast<size_t>(l)].count;
-    const std::vector<double> together = coactivations(input, l);
+    const std::vector<double> together = coactivations(input.statistics, l, input.config.num_experts_per_token);
     std::vector<int32_t> order(static_cast<size_t>(slots));
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),

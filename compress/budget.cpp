@@ -23,6 +23,7 @@ int64_t stored_parameters(const LayerShape& layer, const ModelSize& size) {
   int64_t sum = adapter_parameters(layer, size) + layer.constants * size.hidden;
   for (size_t j = 0; j < layer.zero_expert.size(); ++j)
     sum += layer.stores(j) ? 3 * size.hidden * layer.width_of(j, size.width) : 0;
+  sum += extension_parameters(layer.extension, {.hidden = size.hidden, .width = size.width, .slots = size.slots});
   const auto latents = static_cast<int64_t>(layer.latent_projection.size());
   sum += layer.projections * 2 * layer.latent_size * size.hidden;
   return sum + latents * (2 * layer.latent_size + size.hidden) * size.width;

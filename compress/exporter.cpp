@@ -7,6 +7,7 @@
 #include "kernels/gemm.h"
 #include "loaders/json.h"
 #include "loaders/output.h"
+#include "model/moe_extension.h"
 
 namespace lightmoe {
 namespace {
@@ -28,6 +29,11 @@ class Densifier {
     check(!config_.lightmoe_json.empty(), ErrorKind::kInput,
           "{}: has no \"lightmoe\" object: the directory is a stock model already", name);
     shapes_ = slot_tables_from_json(parse_json(config_.lightmoe_json, name), config_, name);
+    for (const LayerShape& shape : shapes_) {
+      check(!shape.extension.any() || find_extension(shape.extension.kind).may_be_left, ErrorKind::kInput,
+            "{}: the model has the extension {}; a stock model has no place for it, and without it is another function",
+            name, shape.extension.text());
+    }
     find_live_slots(name);
     for (const ParameterInfo& info : stock_parameters(stock_)) {
       if (info.kind == ParameterKind::kRouter)

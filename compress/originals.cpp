@@ -104,7 +104,7 @@ std::unique_ptr<Olmoe> Originals::teacher(const Olmoe& student) const {
   for (size_t l = 0; l < student.blocks.size(); ++l) {
     const MoeLayer& from = student.blocks[l].moe;
     MoeLayer& moe = teacher->blocks[l].moe;
-    moe.annealed.clear(), moe.experts.clear();
+    moe.annealed.clear(), moe.experts.clear(), moe.extension.reset();
     moe.adapters.clear(), moe.beta = 0;
     for (size_t s = 0; s < from.slots.size(); ++s) {
       moe.experts.push_back(from.experts[static_cast<size_t>(from.slots[s].expert)]);

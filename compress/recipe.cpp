@@ -45,6 +45,8 @@ void read_training(TomlReader& in, RecipeTraining& t) {
   in.read("anneal_gamma", t.anneal_gamma);
   in.read("distill", t.distill);
   in.read("distill_temperature", t.distill_temperature);
+  in.read("router_kd", t.router_kd);
+  if (in.read("extend", t.extend)) parse_extension(t.extend);
   in.read("merge", t.merge);
   if (t.steps < 1 || t.rows < 1 || t.length < 2 || t.accumulate < 1 || !(t.lr > 0)) {
     in.fail_at("steps", "steps, rows, accumulate and lr must be positive, length at least 2");
@@ -221,7 +223,9 @@ void read_tasks(TomlReader& root, const Choice& choice, Recipe& recipe) {
 }  // namespace
 
 bool trains(const RecipeMethod& method) {
-  return method.recover && find_method(method.method).trainable != Trainable::kNothing;
+  const Method& registered = find_method(method.method);
+  const bool instead = (method.training.router_kd || !method.training.extend.empty()) && registered.compresses;
+  return method.recover && (instead || registered.trainable != Trainable::kNothing);
 }
 
 Recipe read_recipe(const std::string& file, bool short_form) {

@@ -28,6 +28,8 @@ struct RecipeTraining {
   std::string anneal_shape = "linear";
   double anneal_gamma = 3;
   double distill = 0, distill_temperature = 1;
+  bool router_kd = false;
+  std::string extend;  // an extension that trains instead, as a text
   bool merge = true;
 };
 

@@ -5,9 +5,11 @@
 #include "autograd/distillation.h"
 #include "compress/adapter.h"
 #include "compress/originals.h"
+#include "compress/router_kd.h"
 #include "compress/text.h"
 #include "loaders/json.h"
 #include "loaders/output.h"
+#include "model/extend.h"
 #include "model/training_pass.h"
 #include "model/weights.h"
 
@@ -15,14 +17,16 @@ namespace lightmoe {
 namespace {
 
 // Marks what the method trains. Works on declared parameters as well.
-void mark_trainable(const Olmoe& model, const CompressionRecord& record, bool routers) {
+void mark_trainable(const Olmoe& model, const CompressionRecord& record, const RecoveryOptions& options) {
+  if (options.router_kd) return train_routers_alone(model);
+  if (options.extend) return train_extension_alone(model);
   const Trainable what = find_method(record.method).trainable;
   for (const ParameterPtr& p : model.parameters()) p->trainable = what == Trainable::kEverything;
   const bool adapters = what == Trainable::kAdapters || what == Trainable::kBasesAndAdapters;
   const bool bases = what == Trainable::kBases || what == Trainable::kBasesAndAdapters;
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     const MoeLayer& moe = model.blocks[l].moe;
-    moe.router->trainable |= routers;
+    moe.router->trainable |= options.train_routers;
     for (const Adapter& a : moe.adapters) {
       for (const ParameterPtr& p : {a.a_gate_up, a.b_gate, a.b_up, a.a_down, a.b_down}) p->trainable |= adapters;
     }
@@ -34,19 +38,33 @@ void mark_trainable(const Olmoe& model, const CompressionRecord& record, bool ro
   }
 }
 
+// Of all layers.
+int64_t extension_size(const ExtensionShape& shape, const ModelSize& size) {
+  return size.layers * extension_parameters(shape, {.hidden = size.hidden, .width = size.width, .slots = size.slots});
+}
+
 }  // namespace
 
 Recovery::Recovery(const std::filesystem::path& compressed, const std::filesystem::path& base, int64_t steps,
                    const RecoveryOptions& options)
     : compressed_(compressed), steps_(steps), options_(options), record_(read_record(compressed)) {
   const Method& method = find_method(record_.method);
-  annealing_ = options.annealing.value_or(Annealing{.eps = method.anneal});
+  annealing_ = options.annealing.value_or(Annealing{.eps = options.router_kd ? 0 : method.anneal});
   annealing_.check_valid();
   clock_ = AnnealingClock(annealing_, steps);
   check_distillation();
   model_ = load_model(compressed, options.dtype);
-  if (options.seed) redraw_adapters(*options.seed);
-  add_adapters();
+  if (options.router_kd) {
+    teacher_ = load_teacher(base, record_, options.dtype);
+    options_.distill = 1;
+  }
+  if (options.extend) extend_model(*model_, *options.extend, options.seed.value_or(record_.options.seed));
+  if (adds_adapters()) {
+    if (options.seed) redraw_adapters(*options.seed);
+    add_adapters();
+  } else {
+    options_.merge = false;
+  }
   choose_trainable();
   if (record_.plan.experts_to_keep > 0)
     pruner_ = std::make_unique<TaskPruner>(*model_, record_.plan.experts_to_keep, steps);
@@ -61,6 +79,11 @@ void Recovery::check_distillation() const {
   const double w = options_.distill, t = options_.distill_temperature;
   check(w >= 0 && w <= 1 && t > 0 && std::isfinite(t), ErrorKind::kUsage,
         "--distill {:g} --distill-temperature {:g}: expected a weight from 0 to 1 and a temperature above 0", w, t);
+  check(
+      !options_.router_kd || (w == 0 && annealing_.eps == 0), ErrorKind::kUsage,
+      "--router-kd trains the routers towards the original alone: --distill {:g} and --anneal {:g} have no place in it",
+      w, annealing_.eps);
+  check(!options_.router_kd || !options_.extend, ErrorKind::kUsage, "give either --router-kd or --extend");
   if (w == 0) return;
   check(annealing_.eps > 0 && record_.plan.fading() > 0 && record_.plan.fading() == record_.plan.replaced(),
         ErrorKind::kUsage,
@@ -126,7 +149,7 @@ void Recovery::add_adapters() {
 }
 
 void Recovery::choose_trainable() {
-  mark_trainable(*model_, record_, options_.train_routers);
+  mark_trainable(*model_, record_, options_);
   const MemoryScope scope(MemoryCategory::kWeights);
   for (const ParameterPtr& p : model_->parameters()) {
     if (p->trainable && p->value.dtype() != DType::kF32) p->value = p->value.to(DType::kF32);
@@ -209,6 +232,7 @@ TrainLosses Recovery::Observed::forward_backward(const Batch& batch, const Train
   if (r.pruner_) observed.observer = r.pruner_->observer();
   if (r.teacher_ == nullptr) return r.model_->forward_backward(batch, observed);
   const Distillation distillation{.teacher = r.teacher_->forward(batch, {.compute = options.compute}),
+                                  .head = r.teacher_->lm_head->value,
                                   .weight = r.options_.distill,
                                   .temperature = r.options_.distill_temperature};
   return forward_backward_with(*r.model_, batch, observed, [&](Tape& tape, const Var& states) {
@@ -224,7 +248,10 @@ std::map<std::string, std::string> Recovery::fingerprint() const {
           {"method", record_.method},
           {"statistics", record_.statistics},
           {"compressed weights", model_fingerprint(Checkpoint(compressed_))},
-          {"routers", options_.train_routers ? "trained" : "frozen"},
+          {"routers", options_.router_kd       ? "alone"
+                      : options_.train_routers ? "trained"
+                                               : "frozen"},
+          {"extension", options_.extend ? options_.extend->text() : "none"},
           {"annealing", fmt::format("{} {:g} {:g}", name_of(annealing_.shape), annealing_.eps, annealing_.gamma)},
           {"distillation", fmt::format("{:g} {:g}", options_.distill, options_.distill_temperature)},
           {"adapters", options_.seed ? fmt::format("seed {}", *options_.seed) : "as compressed"}};
@@ -234,6 +261,7 @@ void Recovery::finish() {
   if (finished_) return;
   finished_ = true;
   set_beta(0);
+  teacher_.reset();
   if (pruner_) record_.plan = pruner_->finish();
   if (!options_.merge) return;
   const std::vector<std::vector<uint8_t>> all_mergeable = mergeable_adapters(shapes_of(*model_), record_.plan);
@@ -276,6 +304,8 @@ void Recovery::save(const std::filesystem::path& directory, DType dtype, const J
       if (first < 0) first = static_cast<int32_t>(s);
     }
   }
+  if (options_.router_kd) record.trainable_parameters = live_router_parameters(shapes, size.hidden);
+  if (options_.extend) record.trainable_parameters = extension_size(*options_.extend, size);
   record.stored_parameters = stored_parameters(record.plan.shapes(), size);
   record.stored_bytes = record.stored_parameters * static_cast<int64_t>(size_of(dtype));
   save_model(*model_, directory, dtype, int64_t{5} << 30);
@@ -288,21 +318,26 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   const CompressionRecord record = read_record(compressed);
   const Method& method = find_method(record.method);
   OlmoeConfig config = read_config(compressed);
-  const std::vector<LayerShape> shapes = with_adapters(record.plan.shapes(), record.rank);
+  const bool adapters = !options.router_kd && !options.extend;
+  std::vector<LayerShape> shapes = with_adapters(record.plan.shapes(), adapters ? record.rank : 0);
+  for (LayerShape& shape : shapes) {
+    if (options.extend) shape.extension = *options.extend;
+  }
   const std::unique_ptr<Olmoe> model = declare_model(config, shapes);
-  mark_trainable(*model, record, options.train_routers);
+  mark_trainable(*model, record, options);
   RecoveryEstimate estimate;
   for (const ParameterPtr& p : model->parameters()) {
     if (!p->trainable) p->value = Tensor::borrow(nullptr, p->value.shape(), options.dtype);
   }
   estimate.training = estimate_training(config, model->parameters(), tokens_per_pass, recompute);
   const ModelSize size = model_size(config);
-  const Annealing annealing = options.annealing.value_or(Annealing{.eps = method.anneal});
+  const Annealing annealing = options.annealing.value_or(Annealing{.eps = options.router_kd ? 0 : method.anneal});
   const bool svd = record.options.adapter_init != AdapterInit::kGaussian;
   const auto bytes = static_cast<int64_t>(size_of(svd ? DType::kF32 : options.dtype));
   if (annealing.eps > 0) estimate.original_bytes = record.plan.fading() * size.expert * bytes;
+  if (options.router_kd) estimate.teacher_bytes = size.total() * static_cast<int64_t>(size_of(options.dtype));
   estimate.stored_parameters =
-      stored_parameters(options.merge ? merged_shapes(record.plan, record.rank) : shapes, size);
+      stored_parameters(options.merge && adapters ? merged_shapes(record.plan, record.rank) : shapes, size);
   if (const int64_t keep = record.plan.experts_to_keep; keep > 0) {  // the others go while training
     estimate.stored_parameters -= size.layers * (size.slots - keep) * size.expert;
   }

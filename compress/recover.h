@@ -8,6 +8,8 @@
 //            where the bases' members were aligned, an original fades with its hidden units in the base's order: the same function
 //   distill  while the originals are in memory they, with the frozen rest, are the original model: its output is the teacher of
 //            autograd/distillation.h. Not in the paper.
+//   extend   an extension (model/moe_extension.h) on every block trains instead of adapters and bases
+//   routers  instead of all that: nothing anneals, the routers alone train, the whole original is the teacher (compress/router_kd.h)
 //   after    adapters of slots that own their expert are merged into it (W += B A) and removed, unless told otherwise
 // Everything is a function of the step and of the two directories, so a resumed run continues bit for bit; what a pruner has seen and
 // the clock of an adaptive annealing are kept in the checkpoints.
@@ -32,7 +34,9 @@ struct RecoveryOptions {
   std::optional<uint64_t> seed;  // draws adapters that start without effect; absent: what compression drew
   bool merge = true;
   bool train_routers = false;  // beside what the method trains
-  DType dtype = DType::kF32;   // of frozen weights in memory
+  bool router_kd = false;  // routers alone, towards the original's output at distill_temperature (compress/router_kd.h)
+  std::optional<ExtensionShape> extend;  // trains alone, on every block
+  DType dtype = DType::kF32;             // of frozen weights in memory
   std::function<void(const std::string&)> say;
 };
 
@@ -76,6 +80,7 @@ class Recovery {
     Recovery& recovery_;
   };
   void check_distillation() const;
+  bool adds_adapters() const { return !options_.router_kd && !options_.extend; }
   Json state() const;
   void restore(const Json& state);
   void set_beta(double beta);
@@ -93,7 +98,7 @@ class Recovery {
   double beta_ = 0;                       // of the step at hand
   std::unique_ptr<Originals> originals_;  // null from beta = 0 on
   std::unique_ptr<TaskPruner> pruner_;    // of methods that choose experts while training
-  std::unique_ptr<Olmoe> teacher_;  // with distillation, while the originals are there: their parameters, not copies
+  std::unique_ptr<Olmoe> teacher_;        // with distillation: made of the originals, while they are there; or whole
   double kl_ = 0;
   bool finished_ = false;
   Observed trainable_{*this};
@@ -103,6 +108,7 @@ class Recovery {
 struct RecoveryEstimate {
   TrainingEstimate training;
   int64_t original_bytes = 0;                       // while annealing
+  int64_t teacher_bytes = 0;                        // the whole original, of router_kd
   int64_t stored_parameters = 0, stored_bytes = 0;  // of what will be written
 };
 RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, const RecoveryOptions& options,

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <regex>
 
+#include "compress/router_kd.h"
 #include "compress/stages.h"
 #include "compress/statistics.h"
 #include "compress/text.h"
@@ -37,6 +38,15 @@ void check_recipe(const Recipe& recipe, const OlmoeConfig& config) {
   }
 }
 
+// Whether recovery trains what the method says, or something else in its place.
+bool trains_by_method(const RecipeTraining& t) { return !t.router_kd && t.extend.empty(); }
+
+int64_t trained_instead(const RecipeTraining& t, const Plan& plan, const ModelSize& size) {
+  if (t.router_kd) return live_router_parameters(plan.shapes(), size.hidden);
+  return size.layers * extension_parameters(parse_extension(t.extend),
+                                            {.hidden = size.hidden, .width = size.width, .slots = size.slots});
+}
+
 }  // namespace
 
 std::string describe(const Recipe& recipe) {
@@ -56,12 +66,13 @@ std::string describe(const Recipe& recipe) {
       options.budget.value = ratio;
       const MethodInput input{.config = config, .statistics = statistics, .options = options};
       const Plan plan = method.plan(input);
-      const bool training = trains(recipe_method);
+      const bool training = trains(recipe_method), adapters = trains_by_method(recipe_method.training);
+      const int64_t trained =
+          adapters ? trainable_parameters(method, input, plan) : trained_instead(recipe_method.training, plan, size);
       text += fmt::format("{:<22} {:>6} {:>12} {:>12} {:>5} {:>7} {:>9}\n", recipe_method.name,
                           recipe_method.ratios.empty() ? "-" : fmt::format("{:g} %", 100 * ratio),
-                          human_count(stored_parameters(plan.shapes(), size)),
-                          training ? human_count(trainable_parameters(method, input, plan)) : "-",
-                          training ? std::to_string(recovery_rank(method, input, plan)) : "-",
+                          human_count(stored_parameters(plan.shapes(), size)), training ? human_count(trained) : "-",
+                          training && adapters ? std::to_string(recovery_rank(method, input, plan)) : "-",
                           training ? std::to_string(recipe_method.training.steps) : "-",
                           training ? fmt::format("{:g}", recipe_method.training.lr) : "-");
     }

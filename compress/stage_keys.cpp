@@ -48,7 +48,9 @@ Json to_json(const RecipeTraining& t) {
                {"merge", t.merge},
                {"eval_every", t.eval_every}};
   if (t.entropy_coef != 0) json["entropy_coef"] = t.entropy_coef;
-  if (t.distill > 0) json["distill"] = {t.distill, t.distill_temperature};
+  if (t.distill > 0 || t.router_kd) json["distill"] = {t.distill, t.distill_temperature};
+  if (t.router_kd) json["router_kd"] = true;
+  if (!t.extend.empty()) json["extend"] = t.extend;
   return json;
 }
 

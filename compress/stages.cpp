@@ -208,7 +208,7 @@ bool Stages::train_back(const RunPlan& plan, const RecipeTraining& t) {
                                  .pad_id = static_cast<int32_t>(config_.pad_token_id.value_or(0)),
                                  .vocab_size = config_.vocab_size});
   // A direct method stays one, whatever [train] says about annealing.
-  const double eps = method.anneal == 0 ? 0 : t.anneal.value_or(method.anneal);
+  const double eps = method.anneal == 0 || t.router_kd ? 0 : t.anneal.value_or(method.anneal);
   OutputDirectory output(directory / "model", true, {fs::path(recipe_.model)});
   Recovery recovery(
       compressed_directory(plan) / "compressed", recipe_.model, t.steps,
@@ -217,7 +217,9 @@ bool Stages::train_back(const RunPlan& plan, const RecipeTraining& t) {
        .distill_temperature = t.distill_temperature,
        .seed = static_cast<uint64_t>(plan.seed),
        .merge = t.merge,
-       .train_routers = t.entropy_coef > 0});
+       .train_routers = t.entropy_coef > 0,
+       .router_kd = t.router_kd,
+       .extend = t.extend.empty() ? std::optional<ExtensionShape>() : parse_extension(t.extend)});
   TrainerOptions options = trainer_options(t, directory);
   options.fingerprint = recovery.fingerprint();
   TrainerHooks hooks = recovery.hooks(saved_dtype());

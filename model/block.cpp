@@ -1,6 +1,7 @@
 #include "model/block.h"
 
 #include "kernels/indexing.h"
+#include "model/moe_extension.h"
 #include "model/moe_op.h"
 #include "runtime/trace.h"
 
@@ -86,19 +87,23 @@ MoeHalf moe_half(Tape& tape, Residual in, const Block& block, const BlockContext
                                  .gates = r.gates.value});
   }
   if (context.routing != nullptr) {
-    const RoutedTokens left = apply_skipping(*context.routing, context.layer, layer.num_slots(), config.norm_topk_prob,
-                                             {r.slots, r.gates.value});
+    const RoutedTokens left = apply_routing(*context.routing, context.layer, layer.num_slots(), config.norm_topk_prob,
+                                            {r.slots, r.gates.value});
     r.slots = left.slots, r.gates.value = left.gates;
   }
   if (context.slot_weights != nullptr) {
     r.gates = weighted_by_slot(tape, r.gates, r.slots, (*context.slot_weights)[static_cast<size_t>(context.layer)]);
   }
-  const auto experts = [&layer, slots = r.slots, compute = context.compute](Tape& t, const std::vector<Var>& in) {
-    return std::vector<Var>{moe_experts(t, in[0], layer, slots, in[1], compute)};
+  const auto experts = [&layer, slots = r.slots, compute = context.compute, routing = context.routing](
+                           Tape& t, const std::vector<Var>& in) {
+    const MoeResult result = run_moe(
+        t, {.x = in[0], .layer = layer, .slots = slots, .gates = in[1], .compute = compute, .routing = routing});
+    return result.open.value.defined() ? std::vector<Var>{result.y, result.open} : std::vector<Var>{result.y};
   };
   std::vector<Var> y =
       recompute == Recompute::kMoe ? tape.checkpoint({n, r.gates}, experts) : experts(tape, {n, r.gates});
   half.out = {std::move(normed.sum), y[0]};
+  if (y.size() > 1) half.open = y[1];
   return half;
 }
 

@@ -32,6 +32,7 @@ Residual attention_half(Tape& tape, Residual in, const Block& block, const Block
 struct MoeHalf {
   Residual out;  // branch: experts
   Routing routing;
+  Var open;  // blocks of units (model/moe_extension.h), undefined where there are none
 };
 MoeHalf moe_half(Tape& tape, Residual in, const Block& block, const BlockContext& context, Recompute recompute);
 // The last norm, of the residual stream behind all blocks.

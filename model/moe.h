@@ -60,6 +60,8 @@ struct AnnealedSlot {
   Expert original;  // frozen
 };
 
+class MoeExtension;
+
 struct MoeLayer {
   ParameterPtr router;          // [E,D] mlp.gate.weight
   std::vector<Slot> slots;      // E
@@ -70,12 +72,16 @@ struct MoeLayer {
   std::vector<Latent> latents;
   std::vector<AnnealedSlot> annealed;  // empty when beta is 0 or nothing anneals
   double beta = 0;
+  std::shared_ptr<MoeExtension> extension;  // model/moe_extension.h, null in most models
 
   int64_t num_slots() const { return static_cast<int64_t>(slots.size()); }
-  bool is_plain() const;  // slot i owns expert i, no adapters: stock OLMoE
+  bool is_plain() const;  // slot i owns expert i, no adapters, no extension: stock OLMoE
   std::vector<ParameterPtr> parameters()
-      const;  // router, experts, constants, latents, adapters (annealed originals are not parameters)
+      const;  // router, experts, constants, latents, adapters, extension (annealed originals are not parameters)
   int64_t stored_bytes() const;  // experts that other layers have as well count here too
 };
+
+// Whether every slot is removed or points to a stored expert that no other slot of the layer points to, without an adapter.
+bool owns_its_experts(const MoeLayer& layer);
 
 }  // namespace lightmoe

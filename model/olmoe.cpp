@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <unordered_set>
 
+#include "autograd/extension_ops.h"
 #include "model/block.h"
 #include "model/training_pass.h"
 #include "runtime/trace.h"
@@ -10,23 +11,28 @@
 namespace lightmoe {
 namespace {
 
-// A block in training: out, and what the balancing loss reads. kBlock keeps the sum that comes in alone and runs the block again in backward.
+// A block in training: out, what the balancing loss reads, and how open blocks of units are, where there are any. kBlock keeps the sum
+// that comes in alone and runs the block again in backward.
 struct BlockPass {
   Residual out;
   Var probs;
   Tensor slots;
+  Var open;
 };
 BlockPass block_pass(Tape& tape, Residual in, const Block& block, const BlockContext& context, Recompute recompute) {
   if (recompute != Recompute::kBlock) {
     MoeHalf half = moe_half(tape, attention_half(tape, std::move(in), block, context), block, context, recompute);
-    return {std::move(half.out), half.routing.probs, half.routing.slots};
+    return {std::move(half.out), half.routing.probs, half.routing.slots, half.open};
   }
   const auto whole = [&block, context](Tape& t, const std::vector<Var>& x) -> std::vector<Var> {
     const MoeHalf half = moe_half(t, attention_half(t, {x[0], {}}, block, context), block, context, Recompute::kBlock);
-    return {add_in_place(t, half.out.x, half.out.branch), half.routing.probs, Tape::constant(half.routing.slots)};
+    std::vector<Var> out{add_in_place(t, half.out.x, half.out.branch), half.routing.probs,
+                         Tape::constant(half.routing.slots)};
+    if (half.open.value.defined()) out.push_back(half.open);
+    return out;
   };
   const std::vector<Var> out = tape.checkpoint({in.x}, whole);
-  return {{out[0], {}}, out[1], out[2].value};
+  return {{out[0], {}}, out[1], out[2].value, out.size() > 3 ? out[3] : Var{}};
 }
 
 void drop_repeated(std::vector<ParameterPtr>& list) {
@@ -171,7 +177,7 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
                          .compute = options.compute,
                          .cache_rows = {},
                          .observer = options.observer};
-    std::vector<Var> probs;
+    std::vector<Var> probs, opens;
     std::vector<Tensor> slots;
     Residual state{embedding(tape, batch.ids, model.embedding), {}};
     for (size_t l = 0; l < model.blocks.size(); ++l) {
@@ -180,6 +186,7 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
       state = std::move(pass.out);
       probs.push_back(pass.probs);
       slots.push_back(pass.slots);
+      if (pass.open.value.defined()) opens.push_back(pass.open);
     }
     ce = root(tape, final_norm(tape, state, model));
     Tape reporting(false);
@@ -187,6 +194,10 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
     aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
     const double entropy_scale = options.entropy_coef * options.aux_scale;
     if (entropy_scale != 0) losses.entropy = router_entropy_loss(tape, probs, batch.mask, entropy_scale);
+    const double sparsity_scale = options.sparsity_coef * options.aux_scale;
+    check(sparsity_scale == 0 || !opens.empty(), ErrorKind::kUsage,
+          "a sparsity loss needs an extension with gates of blocks of units (dsmoe); the model has none");
+    if (sparsity_scale != 0) losses.open = openness_loss(tape, opens, batch.mask, sparsity_scale);
   }
   const TraceRange trace(TraceLevel::kPhase, "backward", batch.tokens());
   tape.backward();

@@ -75,7 +75,8 @@ struct TrainOptions {
   double aux_coef = 0;    // times aux_scale: router_aux_loss_coef or a flag
   double aux_scale = 1;   // 1 / micro-batches of the step
   Recompute recompute = Recompute::kNone;
-  double entropy_coef = 0;             // times aux_scale: of the router probabilities' mean entropy
+  double entropy_coef = 0;   // times aux_scale: of the router probabilities' mean entropy
+  double sparsity_coef = 0;  // times aux_scale: of the mean openness of blocks of units (model/moe_extension.h)
   const Observer* observer = nullptr;  // with Recompute::kBlock routers are seen twice
 };
 struct TrainLosses {
@@ -83,6 +84,7 @@ struct TrainLosses {
   int64_t labels = 0;
   double aux = 0;
   double entropy = 0;  // mean over layers and unmasked tokens, only where it is asked for
+  double open = 0;     // likewise, of the gates of blocks of units
 };
 
 class Olmoe {

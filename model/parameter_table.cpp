@@ -4,6 +4,8 @@
 
 #include <functional>
 
+#include "model/moe_extension.h"
+
 namespace lightmoe {
 namespace {
 
@@ -59,6 +61,16 @@ void add_adapter(List& list, const OlmoeConfig& c, int64_t layer, size_t index, 
   }
 }
 
+void add_extension(List& list, const OlmoeConfig& c, int64_t layer, const ExtensionShape& extension) {
+  const MoeDims dims{.hidden = c.hidden_size, .width = c.intermediate_size, .slots = c.num_experts};
+  for (const ExtensionTensor& tensor : declare_extension(extension, dims)->tensors()) {
+    const Shape& shape = tensor.parameter->value.shape();
+    ParameterInfo info{extension_tensor_name(layer, extension.kind, tensor.name), {}, ParameterKind::kExtension, layer};
+    for (int i = 0; i < shape.rank(); ++i) info.shape.push_back(shape[i]);
+    list.push_back(std::move(info));
+  }
+}
+
 void add_constants_and_latents(List& list, const OlmoeConfig& c, int64_t layer, const LayerShape& shape) {
   const int64_t d = c.hidden_size, f = c.intermediate_size, m = shape.latent_size;
   const ParameterKind latent = ParameterKind::kLatent;
@@ -98,6 +110,8 @@ std::string_view name_of(ParameterKind kind) {
       return "latents";
     case ParameterKind::kAdapter:
       return "adapters";
+    case ParameterKind::kExtension:
+      return "extension";
     case ParameterKind::kHead:
       return "lm_head";
   }
@@ -149,6 +163,7 @@ List compressed_parameters(const OlmoeConfig& c, const std::vector<LayerShape>& 
     for (size_t a = 0; a < shape.adapter_rank.size(); ++a) {
       add_adapter(list, c, l, a, shape);
     }
+    if (shape.extension.any()) add_extension(list, c, l, shape.extension);
   });
 }
 

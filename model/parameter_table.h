@@ -20,9 +20,10 @@ enum class ParameterKind : uint8_t {
   kConstant,
   kLatent,
   kAdapter,
+  kExtension,
   kHead
 };
-inline constexpr int kNumParameterKinds = 9;
+inline constexpr int kNumParameterKinds = 10;
 std::string_view name_of(ParameterKind kind);  // "embedding", "norm", ...
 
 struct ParameterInfo {

@@ -46,6 +46,24 @@ int64_t experts_per_token(const RoutingOptions* options, int64_t model_top_k) {
   return options->top_k;
 }
 
+void count_blocks(const RoutingOptions& options, const Tensor& slots, int64_t num_slots, int64_t run, int64_t all) {
+  if (options.counts == nullptr) return;
+  int64_t choices = 0;
+  for (int64_t i = 0; i < slots.numel(); ++i) choices += slots.data<int32_t>()[i] < num_slots ? 1 : 0;
+  options.counts->blocks += choices * all;
+  options.counts->blocks_run += choices * run;
+}
+
+RoutedTokens apply_routing(const RoutingOptions& options, int layer, int64_t num_slots, bool renormalize,
+                           const RoutedTokens& routed) {
+  RoutedTokens left = apply_skipping(options, layer, num_slots, renormalize, routed);
+  if (options.buddies.layers.empty()) return left;
+  ResidencyCounts counts;
+  left.slots = substitute_missing(options.buddies, layer, left.slots, left.gates,
+                                  options.counts != nullptr ? options.counts->residency : counts);
+  return left;
+}
+
 RoutedTokens apply_skipping(const RoutingOptions& options, int layer, int64_t num_slots, bool renormalize,
                             const RoutedTokens& routed) {
   if (options.counts != nullptr) options.counts->chosen += routed.slots.numel();

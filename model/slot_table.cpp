@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "loaders/json.h"
+#include "model/moe_extension.h"
 #include "runtime/error.h"
 
 namespace lightmoe {
@@ -42,6 +43,10 @@ class LayerReader {
     }
     if (layer_.contains("latents")) read_latents(member(layer_, "latents"), shape);
     read_slots(member(layer_, "slots"), entries, shape);
+    if (layer_.contains("extension")) {
+      shape.extension = extension_from_json(layer_["extension"], where_);
+      check_extension(shape.extension, config_, ErrorKind::kInput, where_);
+    }
     return shape;
   }
 
@@ -202,6 +207,7 @@ LayerShape shape_of(const MoeLayer& layer, int64_t full_width) {
   if (std::all_of(shape.widths.begin(), shape.widths.end(), is_full)) shape.widths.clear();
   for (const Adapter& adapter : layer.adapters) shape.adapter_rank.push_back(adapter.rank());
   if (layer.constants != nullptr) shape.constants = layer.constants->value.dim(0);
+  if (layer.extension != nullptr) shape.extension = layer.extension->shape();
   shape.projections = static_cast<int64_t>(layer.projections.size());
   for (const Latent& latent : layer.latents) {
     shape.latent_projection.push_back(latent.projection);
@@ -246,6 +252,7 @@ Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& meth
       layer["latents"] = {
           {"size", shape.latent_size}, {"projections", shape.projections}, {"projection", shape.latent_projection}};
     }
+    if (shape.extension.any()) layer["extension"] = extension_to_json(shape.extension);
     out["layers"].push_back(layer);
   }
   return out;

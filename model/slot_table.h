@@ -10,6 +10,7 @@
 //                 is as wide as the expert of its slots. Zero entries have full width, borrowed ones that of their owner
 //   borrowed      [[entry, layer, entry there], ..]: entries that are another (lower) layer's stored expert; nothing is stored here
 //   constants     rows of mlp.constants;  slots.constant: row per slot
+//   extension     {"kind": "pesc", settings}: model/moe_extension.h
 //   latents       {"size": M, "projections": n, "projection": [of each latent]};  slots.latent: index per slot
 // Keys that would be empty are left out.
 // Every index is checked; an adapter belongs to slots of one expert; at least K slots are not removed.
@@ -20,6 +21,7 @@
 
 #include "loaders/json_type.h"
 #include "model/config.h"
+#include "model/extension_shape.h"
 #include "model/moe.h"
 
 namespace lightmoe {
@@ -37,6 +39,7 @@ struct LayerShape {
   int64_t constants = 0;
   int64_t latent_size = 0, projections = 0;  // M, and how many [2M,D]
   std::vector<int32_t> latent_projection;    // one per latent
+  ExtensionShape extension;                  // of kind "" = none
 
   // F_e of a bank entry and of an adapter; `full` is the config's intermediate_size, which latents have.
   int64_t width_of(size_t entry, int64_t full) const { return widths.empty() ? full : widths[entry]; }

@@ -80,6 +80,7 @@ LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width) {
       ++out.own;
   }
   std::sort(out.widths.begin(), out.widths.end());
+  if (shape.extension.any()) out.extension = shape.extension.text();
   out.latent_size = shape.latent_size, out.projections = shape.projections;
   out.adapters = static_cast<int64_t>(shape.adapter_rank.size());
   if (out.adapters > 0) {

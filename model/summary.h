@@ -32,6 +32,7 @@ struct LayerSummary {    // of a compressed layer
   int64_t sharing_slots = 0, zero_slots = 0, removed_slots = 0, constant_slots = 0, latent_slots = 0;
   int64_t latent_size = 0, projections = 0;
   int64_t adapters = 0, smallest_rank = 0, largest_rank = 0;
+  std::string extension;        // as a text, "" without one
   std::vector<int64_t> widths;  // units of the stored experts (borrowed ones too), ascending
 };
 

@@ -210,7 +210,8 @@ StepStats Training::forward_backward(int64_t step) {
                              .aux_coef = options_.aux_coef,
                              .aux_scale = 1.0 / static_cast<double>(options_.accumulate),
                              .recompute = options_.recompute,
-                             .entropy_coef = options_.entropy_coef};
+                             .entropy_coef = options_.entropy_coef,
+                             .sparsity_coef = options_.sparsity_coef};
   double ce_sum = 0;
   optimizer_.zero_grad();
   for (const TokenRows& rows : micro_batches) {
@@ -220,6 +221,7 @@ StepStats Training::forward_backward(int64_t step) {
     ce_sum += losses.ce_sum;
     stats.aux += losses.aux * options.aux_scale;
     stats.entropy += losses.entropy * options.aux_scale;
+    stats.open += losses.open * options.aux_scale;
   }
   stats.loss = ce_sum * options.loss_scale;
   return stats;
@@ -257,6 +259,7 @@ void Training::log_step(const StepStats& stats) {
                {"grad_norm", stats.grad_norm}, {"lr", stats.lr},           {"tokens", stats.tokens},
                {"labels", stats.labels},       {"seconds", stats.seconds}, {"epoch", stats.epoch}};
   if (options_.entropy_coef != 0) line["router_entropy"] = stats.entropy;
+  if (options_.sparsity_coef != 0) line["open"] = stats.open;
   line["live_bytes"] = memory_use_total().live_bytes;
   line["peak_bytes"] = memory_use_total().peak_bytes;
   if (!stats.skipped.empty()) line["skipped"] = stats.skipped;

@@ -1,7 +1,7 @@
 #pragma once
 // The training loop. One step: `accumulate` micro-batches are drawn, their unmasked labels counted first, then
 //   loss = sum of CE over all labels of the step / their number + aux_coef * mean of the micro-batches' aux
-//          (+ entropy_coef * mean of the micro-batches' router entropy)
+//          (+ entropy_coef * mean of the micro-batches' router entropy + sparsity_coef * mean of their blocks' openness)
 // is differentiated, clipped by global norm and applied by AdamW. Same numbers however the step is cut into micro-batches.
 // With a checkpoint directory the loop saves every n steps, keeps the last k (and the best), and `resume` continues bit for bit:
 // weights, moments, counters, data position, loss window, hooks' extra state. There is no other random state: shuffling and
@@ -72,7 +72,8 @@ struct TrainerOptions {
   Schedule schedule;  // total_steps is set from `steps`
   OptimizerOptions optimizer;
   double aux_coef = 0;
-  double entropy_coef = 0;  // of the router's entropy (SEER-MoE, arXiv 2404.05089): tokens learn to need fewer experts
+  double entropy_coef = 0;   // of the router's entropy (SEER-MoE, arXiv 2404.05089): tokens learn to need fewer experts
+  double sparsity_coef = 0;  // of open blocks of units (DSMoE, arXiv 2502.12455)
   GemmCompute compute = GemmCompute::kF32;
   Recompute recompute = Recompute::kNone;
   int64_t eval_every = 0;  // needs hooks.evaluate; also after the last step. 0: never
@@ -90,6 +91,7 @@ struct StepStats {
   double loss = 0;       // CE per unmasked label
   double aux = 0;        // mean of the micro-batches, not scaled by aux_coef
   double entropy = 0;    // likewise, 0 where entropy_coef is
+  double open = 0;       // likewise, 0 where sparsity_coef is
   double grad_norm = 0;  // before clipping
   double lr = 0;
   int64_t tokens = 0, labels = 0;

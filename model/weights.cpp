@@ -4,6 +4,7 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "model/moe_extension.h"
 #include "model/random_weights.h"
 
 namespace lightmoe {
@@ -45,6 +46,8 @@ MoeLayer declare_layer(const OlmoeConfig& c, const LayerShape& shape) {
                               .a_down = declared({r, w}),
                               .b_down = declared({d, r})});
   }
+  if (shape.extension.any())
+    layer.extension = declare_extension(shape.extension, {.hidden = d, .width = f, .slots = c.num_experts});
   return layer;
 }
 
@@ -105,6 +108,11 @@ void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
     whole(adapter(ExpertMatrix::kUp, true), a.b_up, "intermediate_size, lightmoe.adapters");
     whole(adapter(ExpertMatrix::kDown, false), a.a_down, "lightmoe.adapters, intermediate_size");
     whole(adapter(ExpertMatrix::kDown, true), a.b_down, "hidden_size, lightmoe.adapters");
+  }
+  if (layer.extension == nullptr) return;
+  for (const ExtensionTensor& t : layer.extension->tensors()) {
+    whole(extension_tensor_name(l, layer.extension->shape().kind, t.name), t.parameter,
+          "hidden_size, lightmoe.extension");
   }
 }
 

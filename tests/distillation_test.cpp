@@ -83,6 +83,23 @@ TEST(Distillation, IsNothingTowardsOneself) {
   for (int64_t i = 0; i < x.value.numel(); ++i) EXPECT_NEAR(x.grad->value().data<double>()[i], 0, 1e-15);
 }
 
+TEST(Distillation, TheTeacherMayHaveAHeadOfItsOwn) {
+  const Case c;
+  const Var x = Tape::variable(random_tensor({kTokens, kHidden}, 4));
+  const Tensor head = random_tensor({kVocabulary, kHidden}, 5);
+  double kl = 0;
+  for (const int64_t row : {0, 2, 3}) {
+    const std::vector<double> t = log_probs(c.teacher, row, head, 2), s = log_probs(x.value, row, c.head->value, 2);
+    for (size_t v = 0; v < t.size(); ++v) kl += std::exp(t[v]) * (t[v] - s[v]);
+  }
+  const Distillation d{.teacher = c.teacher, .head = head, .weight = 1, .temperature = 2};
+  const auto loss = [&](Tape& tape) { return 4 * distillation_loss(tape, x, c.head, c.labels, d, {}).kl_sum; };
+  Tape tape(false);
+  EXPECT_NEAR(loss(tape), 4 * kl, 1e-13);
+  const GradCheckReport report = check_gradients(loss, {x}, {});
+  EXPECT_LT(report.worst, 1e-7) << report.where;
+}
+
 TEST(Distillation, RefusesAHeadThatTrains) {
   Case c;
   c.head->trainable = true;
