@@ -29,6 +29,34 @@ Var scale_blocks(Tape& tape, const Var& x, const Var& w) {
   return y;
 }
 
+namespace {
+
+// y (zeros) = sums of weights w times pieces of x, n elements each, and the backward of that. visit(w, x, y, f) calls f(weight, piece of x,
+// piece of y) with pointers for every term.
+template <class Visit>
+void weighted_sums(Tape& tape, const Var& y, const Var& w, const Var& x, int64_t n, const Visit& visit) {
+  visit(w.value, x.value, y.value, [n](auto* weight, auto* piece, auto* sum) {
+    for (int64_t j = 0; j < n; ++j) sum[j] += *weight * piece[j];
+  });
+  tape.record(y, [=, wv = w.value, xv = x.value, dx = x.grad, dw = w.grad](const Tensor& dy) {
+    if (dx) {
+      const Tensor d = Tensor::zeros(xv.shape(), xv.dtype());
+      visit(wv, d, dy, [n](auto* weight, auto* piece, auto* sum) {
+        for (int64_t j = 0; j < n; ++j) piece[j] += *weight * sum[j];
+      });
+      dx->add(d);
+    }
+    if (!dw) return;
+    const Tensor d = Tensor::zeros(wv.shape(), wv.dtype());
+    visit(d, xv, dy, [n](auto* weight, auto* piece, auto* sum) {
+      for (int64_t j = 0; j < n; ++j) *weight += piece[j] * sum[j];
+    });
+    dw->add(d);
+  });
+}
+
+}  // namespace
+
 Var mix_blocks(Tape& tape, const Var& x, const Var& w, int64_t n) {
   const int64_t rows = x.value.dim(0), r = x.value.dim(1) / n, parts = w.value.dim(1) / n;
   require(w.value.dim(0) == rows && n * r == x.value.dim(1) && parts * n == w.value.dim(1),
@@ -45,24 +73,7 @@ Var mix_blocks(Tape& tape, const Var& x, const Var& w, int64_t n) {
       }
     });
   };
-  visit(w.value, x.value, y.value, [r](auto* weight, auto* block, auto* mixed) {
-    for (int64_t j = 0; j < r; ++j) mixed[j] += *weight * block[j];
-  });
-  tape.record(y, [=, wv = w.value, xv = x.value, dx = x.grad, dw = w.grad](const Tensor& dy) {
-    if (dx) {
-      const Tensor d = Tensor::zeros(xv.shape(), xv.dtype());
-      visit(wv, d, dy, [r](auto* weight, auto* block, auto* mixed) {
-        for (int64_t j = 0; j < r; ++j) block[j] += *weight * mixed[j];
-      });
-      dx->add(d);
-    }
-    if (!dw) return;
-    const Tensor d = Tensor::zeros(wv.shape(), wv.dtype());
-    visit(d, xv, dy, [r](auto* weight, auto* block, auto* mixed) {
-      for (int64_t j = 0; j < r; ++j) *weight += block[j] * mixed[j];
-    });
-    dw->add(d);
-  });
+  weighted_sums(tape, y, w, x, r, visit);
   return y;
 }
 
@@ -152,24 +163,7 @@ Var mix_rows(Tape& tape, const Var& table, const Tensor& index, const Var& w) {
       }
     });
   };
-  visit(w.value, table.value, y.value, [n](auto* weight, auto* entry, auto* mixed) {
-    for (int64_t j = 0; j < n; ++j) mixed[j] += *weight * entry[j];
-  });
-  tape.record(y, [=, wv = w.value, tv = table.value, dtable = table.grad, dw = w.grad](const Tensor& dy) {
-    if (dtable) {
-      const Tensor d = Tensor::zeros(tv.shape(), tv.dtype());
-      visit(wv, d, dy, [n](auto* weight, auto* entry, auto* mixed) {
-        for (int64_t j = 0; j < n; ++j) entry[j] += *weight * mixed[j];
-      });
-      dtable->add(d);
-    }
-    if (!dw) return;
-    const Tensor d = Tensor::zeros(wv.shape(), wv.dtype());
-    visit(d, tv, dy, [n](auto* weight, auto* entry, auto* mixed) {
-      for (int64_t j = 0; j < n; ++j) *weight += entry[j] * mixed[j];
-    });
-    dw->add(d);
-  });
+  weighted_sums(tape, y, w, table, n, visit);
   return y;
 }
 

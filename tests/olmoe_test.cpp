@@ -1,13 +1,14 @@
 // A whole model: gradients in double, saving and loading stock and compressed checkpoints, what is refused, batches.
 
-#include "loaders/json.h"
 #include "model/olmoe.h"
+#include "loaders/json.h"
 
 #include "autograd/ops.h"
 #include "kernels/elementwise.h"
 #include "loaders/safetensors.h"
 #include "model/parameter_table.h"
 #include "model/weights.h"
+#include "tests/support/extensions.h"
 #include "tests/support/files.h"
 #include "tests/support/moe_layers.h"
 
@@ -17,6 +18,7 @@ namespace {
 using testing::bits_equal;
 using testing::close;
 using testing::to_doubles;
+using testing::extensions::some_batch;
 namespace fs = std::filesystem;
 
 OlmoeConfig tiny_config() {
@@ -41,18 +43,6 @@ std::unique_ptr<Olmoe> compressed_model(DType dtype) {
   model->blocks[1].moe = layer;
   name_parameters(*model);
   return model;
-}
-
-Batch some_batch() {
-  std::vector<int32_t> ids, labels;
-  Philox random(9);
-  for (int i = 0; i < 18; ++i) {
-    ids.push_back(static_cast<int32_t>(random.below(23)));
-    labels.push_back(i % 5 == 2 ? -100 : ids.back());
-  }
-  std::vector<uint8_t> mask(18, 1);
-  mask[17] = mask[16] = 0;
-  return make_batch(ids, 2, 9, labels, mask);
 }
 
 void expect_same_parameters(const Olmoe& a, const Olmoe& b) {
