@@ -159,8 +159,8 @@ QueriesKeys qk_norm_rope(Tape& tape, const QueriesKeys& x, const QkNorm& norm, c
       const Tensor dy = one.dy->take();
       if (!dy.defined()) continue;
       const Tensor fresh = empty_like(dy);
-      (op.q.x.defined() ? op.k : op.q) = {
-          .x = one.x.get(), .w = one.w->value, .rstd = one.rstd, .dy = dy, .dx = fresh, .dw = grad_of(one.w)};
+      auto& rows = op.q.x.defined() ? op.k : op.q;
+      rows = {.x = one.x.get(), .w = one.w->value, .rstd = one.rstd, .dy = dy, .dx = fresh, .dw = grad_of(one.w)};
       if (one.dx) fresh_gradients.emplace_back(one.dx, fresh);
     }
     if (op.q.x.defined()) run(op);
