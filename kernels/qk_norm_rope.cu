@@ -224,7 +224,8 @@ void forward(const QkNormRope& op) {
          .w = rows->w.data<W>(),
          .y = rows->y.data<T>(),
          .rstd = rows->rstd.defined() ? rows->rstd.data<float>() : nullptr,
-         .width = static_cast<int>(rows->x.dim(1))};
+         .width = static_cast<int>(rows->x.dim(1)),
+         .aligned = false};
     p.aligned = aligned_rows(heads.half, p.x, p.y) && aligned_rows(heads.half, p.w);
     widest = std::max(widest, p.width);
   }
@@ -253,7 +254,8 @@ void backward(const QkNormRopeBackward& op) {
          .rstd = rows->rstd.data<float>(),
          .dx = rows->dx.data<T>(),
          .partial = rows->dw.defined() ? partial[count].data<float>() : nullptr,
-         .width = width};
+         .width = width,
+         .aligned = false};
     p.aligned = aligned_rows(heads.half, p.x, p.dy, p.dx) && aligned_rows(heads.half, p.w);
     widest = std::max(widest, width), ++count;
   }
