@@ -209,7 +209,7 @@ asan: setup
 # Each tests/fuzz/*.cpp with libFuzzer, FUZZ_SECONDS of each; needs clang, which nothing else does. FUZZ_LIBRARY is what reads
 # files; the linker takes from it what a target calls.
 FUZZ_LIBRARY := $(filter runtime/% loaders/%,$(LIBRARY_SOURCES)) autograd/schedule.cpp \
-  $(addprefix model/,config.cpp slot_table.cpp parameter_table.cpp checkpoint_state.cpp)
+  $(addprefix model/,config.cpp slot_table.cpp parameter_table.cpp extension_registry.cpp checkpoint_state.cpp)
 FUZZERS := $(patsubst tests/fuzz/%.cpp,$(BUILD)/%,$(FUZZ_SOURCES))
 $(BUILD)/fuzz.a: $(call objects,$(FUZZ_LIBRARY)) Makefile
 	@rm -f $@ && ar qcs $@ $(filter %.o,$^)

@@ -5,10 +5,33 @@
 #include <cstdlib>
 
 #include "loaders/json.h"
+#include "model/moe_extension.h"
 #include "model/parameter_table.h"
 #include "runtime/error.h"
 
 namespace {
+
+// A kind for "extension" objects: the program's own would bring its whole model along.
+class Side : public lightmoe::MoeExtension {
+ public:
+  explicit Side(const lightmoe::Shape& shape) : weight_(std::make_shared<lightmoe::Parameter>()) {
+    weight_->value = lightmoe::Tensor::borrow(nullptr, shape, lightmoe::DType::kF32);
+  }
+  std::vector<lightmoe::ExtensionTensor> tensors() const override { return {{.name = "weight", .parameter = weight_}}; }
+  lightmoe::MoeResult run(lightmoe::Tape&, const lightmoe::MoeCall&) const override { return {}; }
+
+ private:
+  lightmoe::ParameterPtr weight_;
+};
+const lightmoe::RegisterExtension side{
+    {.name = "side",
+     .summary = "",
+     .paper = "",
+     .settings = {{.name = "experts", .value = 8}, {.name = "rank", .value = 4}},
+     .declare = [](const lightmoe::MoeDims& dims,
+                   const lightmoe::ExtensionSettings& settings) -> std::shared_ptr<lightmoe::MoeExtension> {
+       return std::make_shared<Side>(lightmoe::Shape{settings.at("experts"), settings.at("rank"), dims.hidden});
+     }}};
 
 void require_same(bool same) {
   if (!same) std::abort();
