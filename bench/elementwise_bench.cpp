@@ -22,6 +22,13 @@ void add(int64_t count, DType dtype) {
   one("clamp", [](const Tensor& a, const Tensor&, const Tensor& y) {
     return bench::Work{.bytes = bench::bytes_of({a, y}), .run = [=] { run(Clamp{.limit = 0.3, .x = a, .y = y}); }};
   });
+  one("silu", [](const Tensor& a, const Tensor&, const Tensor& y) {
+    return bench::Work{.bytes = bench::bytes_of({a, y}), .run = [=] { run(Silu{.x = a, .y = y}); }};
+  });
+  one("silu_backward", [](const Tensor& a, const Tensor& b, const Tensor& y) {
+    return bench::Work{.bytes = bench::bytes_of({a, b, y}),
+                       .run = [=] { run(SiluBackward{.x = a, .dy = b, .dx = y}); }};
+  });
   one("blend", [](const Tensor& a, const Tensor& b, const Tensor& y) {
     return bench::Work{.bytes = bench::bytes_of({a, b, y}),
                        .run = [=] { run(Blend{.beta = 0.3, .a = a, .b = b, .y = y}); }};

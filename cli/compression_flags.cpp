@@ -38,6 +38,9 @@ void add_compression_flags(Flags& app, CompressionFlags& f) {
          "--redirect", o.redirect,
          "pruning: a removed slot answers with the survivor most like it (its gate adds up), instead of being masked")
       ->group(group);
+  app.add_flag("--refit", o.refit,
+               "merging: fit the down matrices of merged experts to what their members say (needs a sample of inputs)")
+      ->group(group);
   app.add_option(
          "--importance", f.importance,
          "what makes an expert important: gate (the paper), reap (mean gate times output norm), taylor (gradients)")
@@ -55,6 +58,22 @@ void add_compression_flags(Flags& app, CompressionFlags& f) {
          "gaussian (B = 0), svd of original - base, svd-whitened for the inputs that occur (both not in the paper)")
       ->group(group)
       ->capture_default_str();
+  app.add_option("--latent-size", o.latent.size,
+                 "molae, mobe, slbf: size M of the latent space (0: what the budget allows)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--latent-group", o.latent.group, "molae: experts that share a projection")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--latent-bases", o.latent.bases,
+                 "mobe, slbf: projections that are mixed (0: a quarter of the experts, as many as experts)")
+      ->group(group)
+      ->capture_default_str();
+  app.add_flag("--latent-down", o.latent.down, "molae, mobe: factorise the down matrices too (slbf always does)")
+      ->group(group);
+  app.add_option("--fit-steps", o.latent.fit_steps, "mobe, slbf: steps of the fit to the weights (0: 2000)")
+      ->group(group)
+      ->capture_default_str();
   app.add_option("--adapter-std", o.adapter_std, "standard deviation of A (0: 1/sqrt(3 in))")
       ->group(group)
       ->capture_default_str();
@@ -70,6 +89,9 @@ MethodOptions method_options(const CompressionFlags& f) {
   check(o.bases >= 1 && o.rank >= 1 && o.method_rank >= 0 && o.adapter_std >= 0, ErrorKind::kUsage,
         "--bases {} --rank {} --method-rank {} --adapter-std {:g}: expected positive numbers", o.bases, o.rank,
         o.method_rank, o.adapter_std);
+  check(o.latent.size >= 0 && o.latent.group >= 1 && o.latent.bases >= 0 && o.latent.fit_steps >= 0, ErrorKind::kUsage,
+        "--latent-size {} --latent-group {} --latent-bases {} --fit-steps {}: expected numbers from 0, a group from 1",
+        o.latent.size, o.latent.group, o.latent.bases, o.latent.fit_steps);
   o.budget.kind = f.ratio_of == "experts" ? BudgetKind::kExperts : BudgetKind::kWholeModel;
   if (f.ratio) o.budget.value = *f.ratio;
   if (f.gib) o.budget = {BudgetKind::kGib, *f.gib};

@@ -67,10 +67,16 @@ void print_layers(const ModelSummary& s) {
                range(x.smallest_rank, x.largest_rank), units);
   }
   for (size_t l = 0; l < s.layers.size(); ++l) {
-    const std::string& extension = s.layers[l].extension;
-    if (!extension.empty() && (l == 0 || extension != s.layers[l - 1].extension))
-      fmt::print("  extension from layer {} on: {}  ({})\n", l, extension,
-                 find_extension(extension.substr(0, extension.find(':'))).summary);
+    const LayerSummary& x = s.layers[l];
+    if (x.latent_slots > 0) {
+      fmt::print("  layer {}: {} latents of size {}, {} of {} shared projections{}{}\n", l, x.latent_slots,
+                 x.latent_size, x.latent_mix ? "silu of mixes" : "one each", x.projections,
+                 x.projection_rank > 0 ? fmt::format(" of rank {}", x.projection_rank) : "",
+                 x.latent_down ? ", down too" : "");
+    }
+    if (!x.extension.empty() && (l == 0 || x.extension != s.layers[l - 1].extension))
+      fmt::print("  extension from layer {} on: {}  ({})\n", l, x.extension,
+                 find_extension(x.extension.substr(0, x.extension.find(':'))).summary);
   }
   fmt::print(
       "  own: stored experts of one slot; shared: of several slots (sharing); borrowed: of both, stored by "
@@ -113,6 +119,9 @@ Json to_json(const ModelSummary& s, const std::string& model, bool tensors) {
                              {"latent_slots", x.latent_slots},
                              {"latent_size", x.latent_size},
                              {"projections", x.projections},
+                             {"projection_rank", x.projection_rank},
+                             {"latent_mix", x.latent_mix},
+                             {"latent_down", x.latent_down},
                              {"borrowed", x.borrowed},
                              {"adapters", x.adapters},
                              {"smallest_rank", x.smallest_rank},

@@ -25,8 +25,8 @@ int64_t stored_parameters(const LayerShape& layer, const ModelSize& size) {
     sum += layer.stores(j) ? 3 * size.hidden * layer.width_of(j, size.width) : 0;
   sum += extension_parameters(layer.extension, {.hidden = size.hidden, .width = size.width, .slots = size.slots});
   const auto latents = static_cast<int64_t>(layer.latent_projection.size());
-  sum += layer.projections * 2 * layer.latent_size * size.hidden;
-  return sum + latents * (2 * layer.latent_size + size.hidden) * size.width;
+  sum += layer.projections * layer.projection_parameters(size.hidden);
+  return sum + latents * layer.latent_parameters(size.hidden, size.width);
 }
 
 int64_t adapter_parameters(const LayerShape& layer, const ModelSize& size) {

@@ -60,6 +60,7 @@ Compression::Compression(const CompressJob& job)
 // Statistics, then the method's plan.
 void Compression::choose() {
   const Method& method = find_method(job_.method);
+  check_options(method, job_.options);
   const ModelSize size = model_size(config_);
   record = {.version = version(), .method = method.name, .options = job_.options, .model = model_fingerprint(input_)};
   record.budget = method.compresses ? describe(job_.options.budget) : "none";
@@ -72,7 +73,7 @@ void Compression::choose() {
   } else if (method.needs != Needs::kNothing && job_.say) {
     job_.say("no statistics given: every expert counts the same (lightmoe calibrate measures them)");
   }
-  check_needs(method, statistics_);
+  check_needs(method, job_.options, statistics_);
   const DType source = experts_.place(0, 0, ExpertMatrix::kGate).dtype;
   const MethodInput input{.config = config_,
                           .statistics = statistics_,
@@ -81,6 +82,7 @@ void Compression::choose() {
                           .experts = &experts_};
   record.plan = method.plan(input);
   record.rank = recovery_rank(method, input, record.plan);
+  record.factors = trained_factors(method, input, record.plan);
   record.original_parameters = size.total();
   record.stored_parameters = stored_parameters(record.plan.shapes(), size);
   record.trainable_parameters = trainable_parameters(method, input, record.plan);
@@ -220,7 +222,8 @@ void Compression::estimate_peak() {
   const int64_t matrix = config_.hidden_size * config_.intermediate_size;
   const int64_t adapters = record.rank * (config_.hidden_size + config_.intermediate_size) * 4;
   const bool svd = job_.options.adapter_init == AdapterInit::kSvd && !record.plan.is_plain();
-  const int64_t computed = record.plan.computed.empty() ? 0 : 16 * 3 * matrix * 8;  // a few experts in f64
+  const int64_t experts = record.plan.computed.empty() ? 0 : 16 * 3 * matrix * 8;  // a few experts in f64
+  const int64_t computed = std::max(experts, record.plan.working_bytes);
   peak_bytes = computed + kProgram + kPerTensor * static_cast<int64_t>(input_.names().size()) + in_statistics +
                StreamedTensors::working_bytes() + 2 * adapters + (svd ? matrix * (4 + 8 + 8 + 8) : 0);
 }

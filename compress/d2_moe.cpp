@@ -3,7 +3,8 @@
 //   for expert i (ridge 0.01), SVD of Delta_i L truncated to rank R:  B = U sqrt(S), A = sqrt(S) V^T L^{-1}
 // Published: base weights from Fisher information times frequency (mean, frequency, RegMean as options), whitened SVD, and a base
 // pruned further while running. Our reading: weights = share of use; R = the largest that the budget allows, the same for all experts
-// and matrices. Changed: the base is not pruned at run time; Gram matrices come from the token sample. Recovery trains the bases.
+// and matrices. Changed: the base is not pruned at run time; Gram matrices come from the token sample. The terms are most of the model, so
+// recovery trains the bases and as many kinds of the terms' factors as come nearest to what LightMoE trains.
 // Every slot is base + adapter, so the base runs once per token (model/moe.h).
 
 #include <algorithm>
@@ -59,7 +60,7 @@ const RegisterMethod method{{.name = "d2-moe",
                              .paper = "2502.17298",
                              .slots = "shared, adapter",
                              .plan = &plan_d2,
-                             .trainable = Trainable::kBases,
+                             .trainable = Trainable::kBasesAndFactors,
                              .needs = Needs::kInputs,
                              .train_free = true,
                              .compresses = true}};

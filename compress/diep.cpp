@@ -68,7 +68,8 @@ const RegisterMethod method{{.name = "diep",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kTokens,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .redirects = true}};
 
 }  // namespace
 }  // namespace lightmoe

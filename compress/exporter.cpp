@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "compress/latent_weights.h"
 #include "compress/record.h"
 #include "kernels/gemm.h"
 #include "loaders/json.h"
@@ -23,6 +24,8 @@ Tensor widened(const Tensor& w, const std::vector<int64_t>& dims) {
 
 class Densifier {
  public:
+  Densifier(const Densifier&) = delete;
+  Densifier& operator=(const Densifier&) = delete;
   Densifier(const ExportJob& job)
       : input_(job.model), config_(read_config(job.model)), tensors_(job.dtype, job.allow_nonfinite) {
     const std::string name = (job.model / "config.json").string();
@@ -79,7 +82,7 @@ class Densifier {
   int64_t widest() const {
     int64_t width = 1;
     for (const LayerShape& shape : shapes_) {
-      if (shape.widths.empty() || !shape.latent_projection.empty()) return config_.intermediate_size;
+      if (shape.widths.empty() || shape.wide_adapters || shape.has_latents()) return config_.intermediate_size;
       width = std::max(width, *std::max_element(shape.widths.begin(), shape.widths.end()));
     }
     return width;
@@ -112,7 +115,7 @@ class Densifier {
           "layer {}, slot {}: a constant; a stock expert is zero at x = 0 and cannot express it", layer, slot);
     const std::string name = expert_tensor_name(layer, expert, matrix);
     const std::vector<int64_t> dims = expert_matrix_shape(stock_, matrix);
-    if (entry.kind == SlotKind::kLatent) return add_latent(name, layer, shape, entry, matrix);
+    if (entry.kind == SlotKind::kLatent) return add_latent(name, layer, entry, matrix);
     const auto index = static_cast<size_t>(entry.expert);
     const bool zero = shape.zero_expert[index] != 0;
     const std::vector<int64_t> own =
@@ -130,7 +133,8 @@ class Densifier {
     }
     const Product adapter = adapter_of(layer, shape, entry, matrix);
     tensors_.add_computed(name, dims, adapter.a.dtype, [bank, adapter, own, dims] {
-      const Tensor w = bank ? bank->read(DType::kF32) : Tensor::zeros(Shape(own), DType::kF32);
+      const Tensor stored = bank ? bank->read(DType::kF32) : Tensor::zeros(Shape(own), DType::kF32);
+      const Tensor w = widened(stored, {adapter.b.rows, adapter.a.columns});  // an adapter may have more units
       adapter.add_to(w);
       return widened(w, dims);
     });
@@ -160,23 +164,15 @@ class Densifier {
     return bank_tensor_name(layer, entry, matrix);
   }
 
-  void add_latent(const std::string& name, int64_t layer, const LayerShape& shape, const Slot& slot,
-                  ExpertMatrix matrix) {
+  void add_latent(const std::string& name, int64_t layer, const Slot& slot, ExpertMatrix matrix) {
     const std::vector<int64_t> dims = expert_matrix_shape(config_, matrix);
-    const bool down = matrix == ExpertMatrix::kDown;
-    const int64_t m = shape.latent_size;
-    const std::vector<int64_t> own = down ? dims : std::vector<int64_t>{dims[0], m};
-    const MatrixPlace factor = place_of(input_, latent_tensor_name(layer, slot.latent, matrix), own);
-    std::vector<Product> products;
-    if (!down) {
-      const int32_t projection = shape.latent_projection[static_cast<size_t>(slot.latent)];
-      products.push_back({factor, place_of(input_, projection_tensor_name(layer, projection, matrix), {m, dims[1]})});
-    }
-    if (slot.adapter >= 0) products.push_back(adapter_of(layer, shape, slot, matrix));
-    if (products.empty()) return tensors_.add_copy(name, dims, factor);
-    tensors_.add_computed(name, dims, factor.dtype, [factor, products, dims, down] {
-      const Tensor w = down ? factor.read(DType::kF32) : Tensor::zeros(Shape(dims), DType::kF32);
-      for (const Product& product : products) product.add_to(w);
+    const MatrixPlace own = latents_.own(layer, slot.latent, matrix);
+    if (!latents_.is_factored(layer, matrix) && slot.adapter < 0) return tensors_.add_copy(name, dims, own);
+    std::optional<Product> adapter;
+    if (slot.adapter >= 0) adapter = adapter_of(layer, shapes_[static_cast<size_t>(layer)], slot, matrix);
+    tensors_.add_computed(name, dims, own.dtype, [=, this, latent = slot.latent] {
+      const Tensor w = latents_.matrix(layer, latent, matrix);
+      if (adapter) adapter->add_to(w);
       return w;
     });
   }
@@ -184,6 +180,7 @@ class Densifier {
   Checkpoint input_;
   OlmoeConfig config_, stock_;
   std::vector<LayerShape> shapes_;
+  LatentWeights latents_{input_, config_, shapes_};
   std::vector<std::vector<int32_t>> live_;  // per layer, the slots that are not removed
   StreamedTensors tensors_;
 };

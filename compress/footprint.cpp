@@ -39,16 +39,16 @@ Footprint plan_footprint(const OlmoeConfig& config, const std::vector<LayerShape
                          const FootprintRequest& request) {
   std::vector<LayerShape> shapes = layers;
   std::vector<LayerSummary> summaries;
-  for (const LayerShape& shape : layers) summaries.push_back(summarize_layer(shape, config.intermediate_size));
+  for (const LayerShape& shape : layers) summaries.push_back(summarize_layer(shape, config));
   if (shapes.empty()) shapes.assign(static_cast<size_t>(config.num_layers), plain_layer_shape(config.num_experts));
   const std::unique_ptr<Olmoe> model = declare_model(config, shapes);
   const ModelSize size = model_size(config);
-  const int64_t met = most_active_experts(config, summaries);
+  const ActiveExperts met = most_active_experts(config, summaries);
   const int64_t routers = config.num_layers * config.num_experts * config.hidden_size;
-  Footprint f{.parameters = model->num_parameters(), .active_parameters = size.rest + met};
+  Footprint f{.parameters = model->num_parameters(), .active_parameters = size.rest + met.parameters};
   set_bytes(f, request);
   f.kv_bytes_per_token = kv_bytes(config);
-  f.flops_per_token = 2 * (dense_weights(config) + routers + met) + attention_flops(config, request.context);
+  f.flops_per_token = 2 * (dense_weights(config) + routers + met.products) + attention_flops(config, request.context);
   if (request.train_tokens > 0) f.training = training_of(*model, request);
   return f;
 }

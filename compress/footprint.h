@@ -4,6 +4,7 @@
 // 2502.05172) are used for; their fitted losses are not here: they belong to the data they were fitted on.
 //   per token      2 FLOPs for each weight of a product that the token meets (projections, router, experts, adapters, LM head) and
 //                  4 H Hd C for attention over C keys; norms, softmax and rotations are left out (below a percent)
+//                  the products of a pass that do not depend on its tokens (mixed projections, model/latent_projections.h) are left out
 //   experts met    the K slots of a token at their dearest: K different stored experts and K adapters, if there are as many
 //   sections S     sectional MoE (arXiv 2503.20750, our reading): the hidden width is cut into S parts, each with one expert [F, D/S]
 //                  that every token runs; no router. Planned, not run: the program has no such layer.

@@ -3,7 +3,8 @@
 //   the graph is cut into r groups;  experts and router rows of a group are averaged with the same coefficients.
 // Published (a note): the above, coefficients uniform, by the largest, or learned; a weight surrogate instead of CKA. Our reading: uniform
 // coefficients; average linkage on 1 - CKA cuts the graph; the same r in every layer. One slot of a group stays, with the mean row; the
-// others are removed, so the model keeps the stock shape. Changed: at most 256 sampled tokens.
+// others are removed, so the model keeps the stock shape. With --redirect they are not: the group's slots point to its expert, gates add up
+// and router rows stay as they are (their mean would count them twice). Ours. Changed: at most 256 sampled tokens.
 
 #include <cmath>
 
@@ -11,6 +12,8 @@
 #include "compress/expert_budget.h"
 #include "compress/expert_sample.h"
 #include "compress/linear_algebra.h"
+#include "compress/merging.h"
+#include "compress/pruning.h"
 #include "compress/weights.h"
 
 namespace lightmoe {
@@ -60,17 +63,19 @@ Tensor merged_router(const MethodInput& input, int64_t layer, const Clusters& gr
 }
 
 Plan plan(const MethodInput& input) {
-  const int64_t slots = input.config.num_experts, kept = experts_per_layer(input, input.config.num_experts_per_token);
+  const int64_t slots = input.config.num_experts, kept = experts_per_layer(input, least_survivors(input));
   if (kept == slots) return plain_plan(model_size(input.config));
   Plan plan;
   for (int64_t l = 0; l < input.config.num_layers; ++l) {
     const Clusters groups = average_linkage(cka_distances(input, l), slots, kept);
     std::vector<PlannedExpert> experts;
     for (const auto& group : groups) {
-      experts.push_back(
-          {{group[0]}, {group, std::vector<double>(group.size(), 1 / static_cast<double>(group.size()))}});
+      const std::vector<double> weights(group.size(), 1 / static_cast<double>(group.size()));
+      experts.push_back({input.options.redirect ? group : std::vector{group[0]}, {group, weights}});
     }
     plan.layers.push_back(table_plan(slots, std::move(experts)));
+    compute_merged(plan, input, l, {.refit = input.options.refit});
+    if (input.options.redirect) continue;
     plan.computed[fmt::format("model.layers.{}.mlp.gate.weight", l)] = [input, l, groups] {
       return merged_router(input, l, groups);
     };
@@ -86,7 +91,9 @@ const RegisterMethod method{{.name = "diversify",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kInputs,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .redirects = true,
+                             .merges = true}};
 
 }  // namespace
 }  // namespace lightmoe

@@ -2,7 +2,7 @@
 //   o_i = mean output of expert i over ALL tokens;  agglomerative clustering of the o_i, Euclidean distance, average linkage, to the same
 //   number of clusters in every layer;  merged W = mean weighted by how often the members are chosen;  no alignment of units.
 // Published: all of it. Our reading: counts over the model's own top K (the code has top 2 written in one place). Changed: nothing.
-// hc-smoe-refit adds MergeMoE's refit of the down matrices.
+// hc-smoe-refit adds MergeMoE's refit of the down matrices, as --refit does.
 
 #include "compress/clustering.h"
 #include "compress/expert_budget.h"
@@ -27,7 +27,7 @@ Plan plan(const MethodInput& input, const MergeOptions& options) {
       },
       options);
 }
-Plan plan_hc_smoe(const MethodInput& input) { return plan(input, {}); }
+Plan plan_hc_smoe(const MethodInput& input) { return plan(input, {.refit = input.options.refit}); }
 Plan plan_refit(const MethodInput& input) { return plan(input, {.refit = true}); }
 
 const RegisterMethod method{{.name = "hc-smoe",
@@ -38,7 +38,8 @@ const RegisterMethod method{{.name = "hc-smoe",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kAllOutputs,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .merges = true}};
 const RegisterMethod refit{{.name = "hc-smoe-refit",
                             .summary = "HC-SMoE with MergeMoE's refit of the down matrices",
                             .paper = "2410.08589",
@@ -47,7 +48,8 @@ const RegisterMethod refit{{.name = "hc-smoe-refit",
                             .trainable = Trainable::kAdapters,
                             .needs = Needs::kBoth,
                             .train_free = true,
-                            .compresses = true}};
+                            .compresses = true,
+                            .merges = true}};
 
 }  // namespace
 }  // namespace lightmoe

@@ -3,10 +3,8 @@
 //      layer keeps, so that busy layers keep fewer;  2. the most used of a layer are the centres;  3. every other slot joins the centre
 //      with the largest cosine of router logits (mean over sampled sequences);  4. hidden units are aligned, then averaged by usage.
 // Published: 1-4; the code ties the slots of a group and keeps all router rows, as here. Our reading: at least one group a layer. Changed:
-// units are aligned to the group's centre (the code: to expert 0 of the layer); MC-SMoE's low-rank step, which trains, is not here.
-
-#include <algorithm>
-#include <numeric>
+// units are aligned to the group's centre (the code: to expert 0 of the layer); MC-SMoE's
+// second step is compress/mc_smoe.cpp.
 
 #include "compress/expert_budget.h"
 #include "compress/merging.h"
@@ -14,38 +12,10 @@
 namespace lightmoe {
 namespace {
 
-// Groups per layer: those of the `total` most used experts of all layers that are the layer's, at least one.
-std::vector<int64_t> groups_per_layer(const MethodInput& input, int64_t total) {
-  struct Use {
-    double share;
-    size_t layer;
-  };
-  std::vector<Use> uses;
-  std::vector<int64_t> counts(input.statistics.layers.size(), 1);  // the most used of each layer first of all
-  for (size_t l = 0; l < counts.size(); ++l) {
-    std::vector<double> use = input.statistics.layers[l].count;
-    std::sort(use.rbegin(), use.rend());
-    for (size_t i = 1; i < use.size(); ++i) uses.push_back({use[0] > 0 ? use[i] / use[0] : 0, l});
-  }
-  std::stable_sort(uses.begin(), uses.end(), [](const Use& a, const Use& b) { return a.share > b.share; });
-  for (size_t i = 0; i < uses.size() && std::accumulate(counts.begin(), counts.end(), int64_t{0}) < total; ++i) {
-    ++counts[uses[i].layer];
-  }
-  return counts;
-}
-
 Plan plan(const MethodInput& input, const MergeOptions& options) {
-  const std::vector<int64_t> counts = groups_per_layer(input, experts_in_all(input, 1));
-  return plan_merging(
-      input,
-      [&](int64_t l) {
-        const auto layer = static_cast<size_t>(l);
-        return groups_around_most_used(input.statistics.layers[layer], logit_similarity(input.statistics, l),
-                                       counts[layer]);
-      },
-      options);
+  return plan_merging(input, m_smoe_groups(input, experts_in_all(input, 1)), options);
 }
-Plan plan_m_smoe(const MethodInput& input) { return plan(input, {.align = true}); }
+Plan plan_m_smoe(const MethodInput& input) { return plan(input, {.align = true, .refit = input.options.refit}); }
 Plan plan_refit(const MethodInput& input) { return plan(input, {.align = true, .refit = true}); }
 
 const RegisterMethod method{
@@ -57,7 +27,8 @@ const RegisterMethod method{
      .trainable = Trainable::kAdapters,
      .needs = Needs::kSums,
      .train_free = true,
-     .compresses = true}};
+     .compresses = true,
+     .merges = true}};
 const RegisterMethod refit{{.name = "m-smoe-refit",
                             .summary = "M-SMoE with MergeMoE's refit of the down matrices",
                             .paper = "2310.01334",
@@ -66,7 +37,8 @@ const RegisterMethod refit{{.name = "m-smoe-refit",
                             .trainable = Trainable::kAdapters,
                             .needs = Needs::kInputs,
                             .train_free = true,
-                            .compresses = true}};
+                            .compresses = true,
+                            .merges = true}};
 
 }  // namespace
 }  // namespace lightmoe

@@ -48,7 +48,8 @@ const RegisterMethod method{{.name = "mergemoe",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kInputs,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .merges = true}};
 
 }  // namespace
 }  // namespace lightmoe

@@ -26,7 +26,7 @@ Plan plan(const MethodInput& input) {
                         }
                         return groups;
                       },
-                      {});
+                      {.refit = input.options.refit});
 }
 
 const RegisterMethod method{{.name = "sub-moe",
@@ -37,7 +37,8 @@ const RegisterMethod method{{.name = "sub-moe",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kAllOutputs,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .merges = true}};
 
 }  // namespace
 }  // namespace lightmoe

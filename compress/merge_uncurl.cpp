@@ -59,7 +59,7 @@ Plan plan(const MethodInput& input) {
         }
         return groups;
       },
-      {.align = true});
+      {.align = true, .refit = input.options.refit});
 }
 
 const RegisterMethod method{{.name = "uncurl",
@@ -70,7 +70,8 @@ const RegisterMethod method{{.name = "uncurl",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kSums,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .merges = true}};
 
 }  // namespace
 }  // namespace lightmoe

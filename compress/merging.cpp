@@ -91,15 +91,51 @@ Plan plan_merging(const MethodInput& input, const GroupFunction& groups, const M
       experts.push_back({group.slots, {group.slots, group.slots.size() == 1 ? std::vector{1.0} : group.weights}});
     }
     plan.layers.push_back(table_plan(input.config.num_experts, std::move(experts)));
-    if (!options.align && !options.refit) continue;
-    const std::vector<BankEntry>& bank = plan.layers.back().bank;
-    for (size_t j = 0; j < bank.size(); ++j) {
-      if (bank[j].experts.size() < 2) continue;
-      compute_expert(plan, l, static_cast<int64_t>(j),
-                     [input, l, group = bank[j], options] { return merged_expert(input, l, group, options); });
-    }
+    compute_merged(plan, input, l, options);
   }
   return plan;
+}
+
+void compute_merged(Plan& plan, const MethodInput& input, int64_t layer, const MergeOptions& options) {
+  if (!options.align && !options.refit) return;
+  const std::vector<BankEntry>& bank = plan.layers[static_cast<size_t>(layer)].bank;
+  for (size_t j = 0; j < bank.size(); ++j) {
+    if (bank[j].experts.size() < 2) continue;
+    compute_expert(plan, layer, static_cast<int64_t>(j),
+                   [input, layer, group = bank[j], options] { return merged_expert(input, layer, group, options); });
+  }
+}
+
+namespace {
+
+// Groups per layer: those of the `total` most used experts of all layers that are the layer's, at least one.
+std::vector<int64_t> groups_per_layer(const MethodInput& input, int64_t total) {
+  struct Use {
+    double share;
+    size_t layer;
+  };
+  std::vector<Use> uses;
+  std::vector<int64_t> counts(input.statistics.layers.size(), 1);  // the most used of each layer first of all
+  for (size_t l = 0; l < counts.size(); ++l) {
+    std::vector<double> use = input.statistics.layers[l].count;
+    std::sort(use.rbegin(), use.rend());
+    for (size_t i = 1; i < use.size(); ++i) uses.push_back({use[0] > 0 ? use[i] / use[0] : 0, l});
+  }
+  std::stable_sort(uses.begin(), uses.end(), [](const Use& a, const Use& b) { return a.share > b.share; });
+  for (size_t i = 0; i < uses.size() && std::accumulate(counts.begin(), counts.end(), int64_t{0}) < total; ++i) {
+    ++counts[uses[i].layer];
+  }
+  return counts;
+}
+
+}  // namespace
+
+GroupFunction m_smoe_groups(const MethodInput& input, int64_t total) {
+  return [&input, counts = groups_per_layer(input, total)](int64_t l) {
+    const auto layer = static_cast<size_t>(l);
+    return groups_around_most_used(input.statistics.layers[layer], logit_similarity(input.statistics, l),
+                                   counts[layer]);
+  };
 }
 
 SlotGroup group_by_use(const LayerStatistics& layer, const std::vector<int32_t>& slots) {

@@ -124,7 +124,8 @@ const RegisterMethod method{{.name = "naee-greedy",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kInputs,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .redirects = true}};
 
 }  // namespace
 }  // namespace lightmoe

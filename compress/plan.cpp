@@ -144,6 +144,7 @@ std::vector<std::vector<uint8_t>> mergeable_adapters(const std::vector<LayerShap
     const LayerShape& shape = shapes[l];
     std::vector<uint8_t>& can = mergeable.emplace_back(shape.adapter_rank.size(), uint8_t{1});
     std::vector<int32_t> adapter_of(shape.zero_expert.size(), -2);
+    if (shape.wide_adapters) std::fill(can.begin(), can.end(), uint8_t{0});
     const auto keep = [&](int32_t adapter) {
       if (adapter >= 0) can[static_cast<size_t>(adapter)] = 0;
     };
@@ -210,6 +211,7 @@ Json to_json(const Plan& plan) {
   }
   Json out = {{"base_threshold", plan.base_threshold}, {"layers", layers}};
   if (plan.experts_to_keep > 0) out["experts_to_keep"] = plan.experts_to_keep;
+  if (plan.units_go_in_recovery) out["units_go_in_recovery"] = true;
   return out;
 }
 
@@ -275,6 +277,11 @@ Plan plan_from_json(const Json& object, const std::vector<LayerShape>& shapes, c
     check(keep.is_number_integer() && keep >= 1 && keep <= slots, ErrorKind::kInput,
           "{}: experts_to_keep holds {}, expected 1 to {}", name, keep.dump(), slots);
     plan.experts_to_keep = keep.get<int64_t>();
+  }
+  if (object.contains("units_go_in_recovery")) {
+    check(object["units_go_in_recovery"].is_boolean(), ErrorKind::kInput, "{}: units_go_in_recovery is {}", name,
+          object["units_go_in_recovery"].dump());
+    plan.units_go_in_recovery = object["units_go_in_recovery"].get<bool>();
   }
   for (size_t l = 0; l < shapes.size(); ++l) {
     plan.layers.push_back(layer_from_json(object["layers"][l], shapes[l], static_cast<int64_t>(shapes.size()),

@@ -42,10 +42,13 @@ struct Plan {
   std::vector<LayerPlan> layers;
   double base_threshold = 0;
   int64_t experts_to_keep = 0;  // per layer, of methods that choose them while recovery trains; 0: the plan says all
+  // Recovery starts from the whole merged experts and cuts them down to the widths while it trains (compress/unit_pruning.h).
+  bool units_go_in_recovery = false;
   // Tensors that are not what bank and adapter_slot say: constants, latents, refitted experts, given factors; by stored name.
   // Not part of the text; entries of the bank still name the experts they are made of.
   std::map<std::string, MakeTensor> computed;
-  bool is_plain() const;  // nothing changed: a stock model
+  int64_t working_bytes = 0;  // the most memory that making them takes, where that is more than a few experts
+  bool is_plain() const;      // nothing changed: a stock model
   std::vector<LayerShape> shapes() const;
   int64_t replaced() const;  // slots in all layers
   int64_t fading() const;    // of those, the ones that have an expert to fade into

@@ -43,7 +43,8 @@ const RegisterMethod method{{.name = "aimer",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kNothing,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .redirects = true}};
 
 }  // namespace
 }  // namespace lightmoe

@@ -35,7 +35,8 @@ Method prune_by_score(std::string name, std::string summary, std::string paper) 
           .trainable = Trainable::kAdapters,
           .needs = Needs::kSums,
           .train_free = true,
-          .compresses = true};
+          .compresses = true,
+          .redirects = true};
 }
 
 // Fewest experts a layer may keep: K, or one where removed slots are redirected.

@@ -4,8 +4,9 @@
 //   each absorbs its closest unassigned non-centroids until its group has 16: a few large groups, many untouched.  4. members are aligned
 //   to the centroid (assignment of least cost) and averaged by saliency.  5. router rows of non-centroids go, as in pruning.
 // Published: 1-5, and layers one after the other with outputs recomputed. Our reading: gate-weighted = the full softmax probability times
-// the output, cosine per token, averaged. Changed: alignment by weights alone (published: hidden activations as well), layers
-// independent of each other (the sample is of the original model).
+// the output, cosine per token, averaged. With --redirect step 5 is left out: absorbed slots keep their router rows and point to the
+// merged expert, whose gates add up; the few that found no place point to the centroid most like them. Ours. Changed: alignment by
+// weights alone (published: hidden activations as well), layers independent of each other (the sample is of the original model).
 
 #include <algorithm>
 #include <cmath>
@@ -120,8 +121,29 @@ std::vector<SlotGroup> groups_of(const std::vector<double>& saliency, const std:
   return groups;  // those that found no place (more than 16 times the centroids) go with their rows
 }
 
+// Slots of each group's expert: the centroid alone, or all that it stands for.
+std::vector<std::vector<int32_t>> slots_of(const std::vector<SlotGroup>& groups, const std::vector<double>& like,
+                                           size_t slots, bool redirect) {
+  std::vector<std::vector<int32_t>> of_group;
+  std::vector<uint8_t> placed(slots, 0);
+  for (const SlotGroup& group : groups) {
+    of_group.push_back(redirect ? group.slots : std::vector{group.slots[0]});
+    for (const int32_t slot : group.slots) placed[static_cast<size_t>(slot)] = 1;
+  }
+  for (size_t s = 0; redirect && s < slots; ++s) {
+    if (placed[s]) continue;
+    size_t best = 0;
+    for (size_t g = 1; g < groups.size() && !like.empty(); ++g) {
+      const auto likeness_to = [&](size_t k) { return like[s * slots + static_cast<size_t>(groups[k].slots[0])]; };
+      if (likeness_to(g) > likeness_to(best)) best = g;
+    }
+    of_group[best].push_back(static_cast<int32_t>(s));
+  }
+  return of_group;
+}
+
 Plan plan(const MethodInput& input) {
-  const int64_t slots = input.config.num_experts, kept = experts_per_layer(input, input.config.num_experts_per_token);
+  const int64_t slots = input.config.num_experts, kept = experts_per_layer(input, least_survivors(input));
   Plan plan;
   for (int64_t l = 0; l < input.config.num_layers; ++l) {
     std::vector<double> like;
@@ -129,17 +151,14 @@ Plan plan(const MethodInput& input) {
     const std::vector<double> saliency =
         expert_scores(input.statistics.layers[static_cast<size_t>(l)], {.mean = 1, .gate = 1, .norm = 1});
     std::vector<PlannedExpert> experts;
-    for (const SlotGroup& group : groups_of(saliency, like, static_cast<size_t>(kept))) {
-      const bool alone = group.slots.size() == 1;
-      experts.push_back({{group.slots[0]}, {group.slots, alone ? std::vector{1.0} : group.weights}});
+    const std::vector<SlotGroup> groups = groups_of(saliency, like, static_cast<size_t>(kept));
+    const auto of_group = slots_of(groups, like, static_cast<size_t>(slots), input.options.redirect);
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const bool alone = groups[g].slots.size() == 1;
+      experts.push_back({of_group[g], {groups[g].slots, alone ? std::vector{1.0} : groups[g].weights}});
     }
     plan.layers.push_back(table_plan(slots, std::move(experts)));
-    const std::vector<BankEntry>& bank = plan.layers.back().bank;
-    for (size_t j = 0; j < bank.size(); ++j) {
-      if (bank[j].experts.size() < 2) continue;
-      compute_expert(plan, l, static_cast<int64_t>(j),
-                     [input, l, group = bank[j]] { return merged_expert(input, l, group, {.align = true}); });
-    }
+    compute_merged(plan, input, l, {.align = true, .refit = input.options.refit});
   }
   return plan;
 }
@@ -152,7 +171,9 @@ const RegisterMethod method{{.name = "ream",
                              .trainable = Trainable::kAdapters,
                              .needs = Needs::kInputs,
                              .train_free = true,
-                             .compresses = true}};
+                             .compresses = true,
+                             .redirects = true,
+                             .merges = true}};
 
 }  // namespace
 }  // namespace lightmoe

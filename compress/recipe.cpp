@@ -62,12 +62,18 @@ void read_method_options(TomlReader& in, MethodOptions& o) {
   in.read("alpha", o.selection.alpha);
   in.read("clip_width", o.selection.clip);
   in.read("redirect", o.redirect);
+  in.read("refit", o.refit);
   if (in.read("starved", text)) o.selection.starved = parse_starved_policy(text);
   if (in.read("adapter_init", text)) o.adapter_init = parse_adapter_init(text);
   in.read("adapter_std", o.adapter_std);
   if (in.read("importance", text)) o.selection.importance = parse_importance(text);
   if (in.read("rank_allocation", text)) o.rank_allocation = parse_rank_allocation(text);
   in.read("align", o.align);
+  in.read("latent_size", o.latent.size);
+  in.read("latent_group", o.latent.group);
+  in.read("latent_bases", o.latent.bases);
+  in.read("latent_down", o.latent.down);
+  in.read("fit_steps", o.latent.fit_steps);
   if (in.read("ratio_of", text)) {
     if (text == "model")
       o.budget.kind = BudgetKind::kWholeModel;
@@ -75,6 +81,9 @@ void read_method_options(TomlReader& in, MethodOptions& o) {
       o.budget.kind = BudgetKind::kExperts;
     else
       in.fail_at("ratio_of", "expected model or experts");
+  }
+  if (o.latent.size < 0 || o.latent.group < 1 || o.latent.bases < 0 || o.latent.fit_steps < 0) {
+    in.fail_at("latent_size", "latent_size, latent_bases and fit_steps must not be negative, latent_group positive");
   }
   if (o.bases < 1 || o.rank < 1 || o.method_rank < 0) in.fail_at("rank", "bases and rank must be positive");
 }

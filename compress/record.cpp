@@ -41,12 +41,20 @@ Json options_to_json(const CompressionRecord& r) {
           {"starved", kStarved[static_cast<int>(o.selection.starved)]},
           {"bases", o.bases},
           {"rank", r.rank},
+          {"trained_factors", r.factors},
           {"redirect", o.redirect},
+          {"refit", o.refit},
           {"adapter_init", name_of(o.adapter_init)},
           {"adapter_std", o.adapter_std},
           {"importance", name_of(o.selection.importance)},
           {"rank_allocation", name_of(o.rank_allocation)},
           {"align", o.align},
+          {"latent",
+           {{"size", o.latent.size},
+            {"group", o.latent.group},
+            {"bases", o.latent.bases},
+            {"down", o.latent.down},
+            {"fit_steps", o.latent.fit_steps}}},
           {"seed", o.seed}};
 }
 
@@ -99,6 +107,7 @@ CompressionRecord read_record(const std::filesystem::path& directory) {
   check(stddev.is_number(), ErrorKind::kInput, "{}: \"adapter_std\" is not a number", name);
   r.options.adapter_std = stddev.get<double>();
   r.options.align = options.value("align", false);  // older records have none
+  r.factors = static_cast<uint8_t>(options.value("trained_factors", int64_t{kAllFactors}) & kAllFactors);
   r.model = text(root, "model", name);
   r.statistics = text(root, "statistics", name);
   const Json& parameters = member(root, "parameters", name);

@@ -27,9 +27,10 @@ struct CompressionRecord {
   std::string method;
   std::string budget;  // in words
   MethodOptions options;
-  int64_t rank = 0;        // of the method's adapters, 0 = none
-  std::string model;       // fingerprint of the original
-  std::string statistics;  // hash of the file, "uniform" without one
+  int64_t rank = 0;               // of the method's adapters, 0 = none
+  uint8_t factors = kAllFactors;  // of adapters, that recovery trains (AdapterFactor)
+  std::string model;              // fingerprint of the original
+  std::string statistics;         // hash of the file, "uniform" without one
   int64_t original_parameters = 0, stored_parameters = 0, trainable_parameters = 0;
   int64_t original_bytes = 0, stored_bytes = 0;  // of all tensors
   Coverage coverage;

@@ -22,13 +22,16 @@ void mark_trainable(const Olmoe& model, const CompressionRecord& record, const R
   if (options.extend) return train_extension_alone(model);
   const Trainable what = find_method(record.method).trainable;
   for (const ParameterPtr& p : model.parameters()) p->trainable = what == Trainable::kEverything;
-  const bool adapters = what == Trainable::kAdapters || what == Trainable::kBasesAndAdapters;
-  const bool bases = what == Trainable::kBases || what == Trainable::kBasesAndAdapters;
+  const bool factors = what == Trainable::kBasesAndFactors, bases = factors || what == Trainable::kBasesAndAdapters;
+  const bool adapters = what == Trainable::kAdapters || bases;
+  const auto is_trained = [&](AdapterFactor factor) { return adapters && (record.factors & factor) != 0; };
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     const MoeLayer& moe = model.blocks[l].moe;
     moe.router->trainable |= options.train_routers;
     for (const Adapter& a : moe.adapters) {
-      for (const ParameterPtr& p : {a.a_gate_up, a.b_gate, a.b_up, a.a_down, a.b_down}) p->trainable |= adapters;
+      a.b_gate->trainable |= is_trained(kBGate), a.b_up->trainable |= is_trained(kBUp);
+      a.b_down->trainable |= is_trained(kBDown), a.a_down->trainable |= is_trained(kADown);
+      a.a_gate_up->trainable |= is_trained(kAGateUp);
     }
     if (!bases) continue;
     for (const int32_t base : record.plan.layers[l].bases) {
@@ -54,6 +57,8 @@ Recovery::Recovery(const std::filesystem::path& compressed, const std::filesyste
   clock_ = AnnealingClock(annealing_, steps);
   check_distillation();
   model_ = load_model(compressed, options.dtype);
+  if (record_.plan.units_go_in_recovery && adds_adapters())
+    unit_pruner_ = std::make_unique<UnitPruner>(*model_, record_, base, steps);
   if (options.router_kd) {
     teacher_ = load_teacher(base, record_, options.dtype);
     options_.distill = 1;
@@ -190,6 +195,7 @@ Json Recovery::state() const {
   const AnnealingClock::State& clock = clock_.state();
   Json json = {{"annealing", {clock.progress, clock.mean, clock.lowest}}};
   if (pruner_) json["pruner"] = pruner_->state();
+  if (unit_pruner_) json["unit_pruner"] = unit_pruner_->state();
   return json;
 }
 
@@ -197,6 +203,7 @@ void Recovery::restore(const Json& state) {
   const Json& clock = state.at("annealing");
   clock_.restore({clock.at(0).get<double>(), clock.at(1).get<double>(), clock.at(2).get<double>()});
   if (pruner_) pruner_->restore(state.at("pruner"));
+  if (unit_pruner_) unit_pruner_->restore(state.at("unit_pruner"));
 }
 
 TrainerHooks Recovery::hooks(DType saved_dtype) {
@@ -209,7 +216,8 @@ TrainerHooks Recovery::hooks(DType saved_dtype) {
     if (pruner_) pruner_->before_step(step);
   };
   if (adaptive) hooks.after_step = [this](const StepStats& stats) { clock_.observe(stats.step, stats.loss); };
-  if (pruner_ || adaptive) {
+  if (unit_pruner_) hooks.after_step = [this](const StepStats& stats) { unit_pruner_->after_step(stats.step); };
+  if (pruner_ || unit_pruner_ || adaptive) {
     hooks.save_extra = [this] { return state(); };
     hooks.load_extra = [this](const Json& extra) { restore(extra); };
   }
@@ -218,9 +226,9 @@ TrainerHooks Recovery::hooks(DType saved_dtype) {
     if (options_.distill > 0) fields["kl"] = kl_;
     return fields;
   };
-  // While slots anneal there is no model of fewer parameters to write; the checkpoint's own state is whole either way.
+  // While slots anneal or units go there is no model of fewer parameters to write; the checkpoint's own state is whole either way.
   hooks.save_model = [this, saved_dtype](const std::filesystem::path& directory) {
-    if (original_bytes() == 0) save(directory, saved_dtype, Json{{"unfinished", true}});
+    if (original_bytes() == 0 && !unit_pruner_) save(directory, saved_dtype, Json{{"unfinished", true}});
   };
   return hooks;
 }
@@ -263,6 +271,10 @@ void Recovery::finish() {
   set_beta(0);
   teacher_.reset();
   if (pruner_) record_.plan = pruner_->finish();
+  if (unit_pruner_) {
+    unit_pruner_->finish();
+    record_.plan.units_go_in_recovery = false;
+  }
   if (!options_.merge) return;
   const std::vector<std::vector<uint8_t>> all_mergeable = mergeable_adapters(shapes_of(*model_), record_.plan);
   for (size_t l = 0; l < model_->blocks.size(); ++l) {
@@ -323,7 +335,11 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   for (LayerShape& shape : shapes) {
     if (options.extend) shape.extension = *options.extend;
   }
-  const std::unique_ptr<Olmoe> model = declare_model(config, shapes);
+  std::vector<LayerShape> in_training = shapes;
+  for (LayerShape& shape : in_training) {
+    if (record.plan.units_go_in_recovery && adapters) shape.widths.clear(), shape.wide_adapters = false;
+  }
+  const std::unique_ptr<Olmoe> model = declare_model(config, in_training);
   mark_trainable(*model, record, options);
   RecoveryEstimate estimate;
   for (const ParameterPtr& p : model->parameters()) {

@@ -4,7 +4,7 @@
 //            trainable, the rest frozen; trainable weights are f32, frozen ones as asked
 //   steps    while beta > 0 replaced slots run as beta W_original + (1-beta) W_base + B A, minus beta B0 A0 where the adapters do not
 //            start at zero (svd), so that the first step is exactly the original model; at beta = 0 the originals leave memory
-//            methods that choose experts while training (compress/task_pruning.h) mask them on the way
+//            methods that choose experts or units while training (compress/task_pruning.h, unit_pruning.h) drop them on the way
 //            where the bases' members were aligned, an original fades with its hidden units in the base's order: the same function
 //   distill  while the originals are in memory they, with the frozen rest, are the original model: its output is the teacher of
 //            autograd/distillation.h. Not in the paper.
@@ -22,6 +22,7 @@
 #include "compress/annealing.h"
 #include "compress/record.h"
 #include "compress/task_pruning.h"
+#include "compress/unit_pruning.h"
 #include "model/trainer.h"
 #include "model/training_estimate.h"
 
@@ -95,10 +96,11 @@ class Recovery {
   Annealing annealing_;
   std::unique_ptr<Olmoe> model_;
   AnnealingClock clock_{annealing_, 0};
-  double beta_ = 0;                       // of the step at hand
-  std::unique_ptr<Originals> originals_;  // null from beta = 0 on
-  std::unique_ptr<TaskPruner> pruner_;    // of methods that choose experts while training
-  std::unique_ptr<Olmoe> teacher_;        // with distillation: made of the originals, while they are there; or whole
+  double beta_ = 0;                          // of the step at hand
+  std::unique_ptr<Originals> originals_;     // null from beta = 0 on
+  std::unique_ptr<TaskPruner> pruner_;       // of methods that choose experts while training
+  std::unique_ptr<UnitPruner> unit_pruner_;  // of those that choose units
+  std::unique_ptr<Olmoe> teacher_;           // with distillation: made of the originals, while they are there; or whole
   double kl_ = 0;
   bool finished_ = false;
   Observed trainable_{*this};

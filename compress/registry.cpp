@@ -55,8 +55,40 @@ const char* name_of(Needs needs) {
   return "?";
 }
 
-void check_needs(const Method& method, const Statistics& statistics) {
+namespace {
+
+// The methods that a flag is for.
+std::string methods_with(bool Method::*flag) {
+  std::string list;
+  for (const Method& method : methods()) {
+    if (method.*flag) list += (list.empty() ? "" : ", ") + method.name;
+  }
+  return list;
+}
+
+}  // namespace
+
+void check_options(const Method& method, const MethodOptions& options) {
+  check(!options.redirect || method.redirects, ErrorKind::kUsage,
+        "{} takes no --redirect; those that do, because they mask slots: {}", method.name,
+        methods_with(&Method::redirects));
+  check(!options.refit || method.merges, ErrorKind::kUsage,
+        "{} takes no --refit; those that do, because they average experts: {}", method.name,
+        methods_with(&Method::merges));
+}
+
+bool reads_inputs(const Method& method, const MethodOptions& options) {
+  return needs_inputs(method.needs) || options.adapter_init == AdapterInit::kWhitenedSvd || options.refit;
+}
+
+bool reads_unit_gradients(const Method& method, const MethodOptions& options) {
+  return needs_unit_gradients(method.needs) || options.selection.importance == Importance::kTaylor;
+}
+
+void check_needs(const Method& method, const MethodOptions& options, const Statistics& statistics) {
   const LayerStatistics& layer = statistics.layers.front();
+  check(!options.refit || !layer.sample_inputs.empty(), ErrorKind::kUsage,
+        "--refit needs {}: give --stats with a file of `lightmoe calibrate --sample-inputs`", name_of(Needs::kInputs));
   check(!needs_inputs(method.needs) || !layer.sample_inputs.empty(), ErrorKind::kUsage,
         "{} needs {}: give --stats with a file of `lightmoe calibrate --sample-inputs`", method.name,
         name_of(method.needs));
@@ -120,19 +152,54 @@ int64_t recovery_rank(const Method& method, const MethodInput& input, const Plan
   return std::max<int64_t>(1, std::llround((all - static_cast<double>(planned)) / static_cast<double>(unit)));
 }
 
+namespace {
+
+int64_t base_parameters(const Plan& plan, const ModelSize& size) {
+  int64_t sum = 0;
+  for (const LayerPlan& layer : plan.layers) sum += static_cast<int64_t>(layer.bases.size()) * size.expert;
+  return sum;
+}
+
+// Of the plan's own adapters.
+int64_t factor_parameters(const Plan& plan, const ModelSize& size, uint8_t factors) {
+  int64_t sum = 0;
+  for (const LayerPlan& layer : plan.layers) {
+    for (size_t a = 0; a < layer.shape.adapter_rank.size(); ++a) {
+      const int64_t r = layer.shape.adapter_rank[a], f = layer.shape.width_of_adapter(a, size.width);
+      const int64_t units = ((factors & kBGate) != 0) + ((factors & kBUp) != 0) + ((factors & kADown) != 0);
+      sum += r * f * units + r * size.hidden * (((factors & kBDown) != 0) + 2 * ((factors & kAGateUp) != 0));
+    }
+  }
+  return sum;
+}
+
+}  // namespace
+
+uint8_t trained_factors(const Method& method, const MethodInput& input, const Plan& plan) {
+  if (method.trainable != Trainable::kBasesAndFactors) return kAllFactors;
+  const ModelSize size = model_size(input.config);
+  const int64_t wanted =
+      lightmoe_trainable(size, input.options.bases, input.options.rank) - base_parameters(plan, size);
+  uint8_t best = 0;
+  for (uint8_t set = 1; set <= kAllFactors; ++set) {
+    const auto miss = [&](uint8_t s) { return std::abs(factor_parameters(plan, size, s) - wanted); };
+    if (miss(set) < miss(best)) best = set;
+  }
+  return best;
+}
+
 int64_t trainable_parameters(const Method& method, const MethodInput& input, const Plan& plan) {
   const ModelSize size = model_size(input.config);
+  if (method.trainable == Trainable::kBasesAndFactors) {
+    return base_parameters(plan, size) + factor_parameters(plan, size, trained_factors(method, input, plan));
+  }
   if (method.trainable == Trainable::kNothing) return 0;
   if (method.trainable == Trainable::kEverything) return size.total();
   int64_t sum = 0;
   for (const LayerShape& shape : with_adapters(plan.shapes(), recovery_rank(method, input, plan))) {
     sum += adapter_parameters(shape, size);
   }
-  if (method.trainable == Trainable::kBases) sum = 0;
-  if (method.trainable == Trainable::kBasesAndAdapters || method.trainable == Trainable::kBases) {
-    for (const LayerPlan& layer : plan.layers) sum += static_cast<int64_t>(layer.bases.size()) * size.expert;
-  }
-  return sum;
+  return method.trainable == Trainable::kBasesAndAdapters ? sum + base_parameters(plan, size) : sum;
 }
 
 }  // namespace lightmoe

@@ -30,6 +30,16 @@ const char* name_of(RankAllocation allocation);
 AdapterInit parse_adapter_init(std::string_view name);
 const char* name_of(AdapterInit init);
 
+// Of the methods whose slots are latents (struct Latent in model/moe.h); 0 = the method's own choice.
+struct LatentOptions {
+  int64_t size = 0;       // M; else the largest that the budget allows
+  int64_t group = 8;      // MoLAE: experts that share a projection
+  int64_t bases = 0;      // MoBE, SLBF: projections that are mixed
+  bool down = false;      // down matrices are factors too (SLBF: always)
+  int64_t fit_steps = 0;  // MoBE, SLBF: of the fit to the weights
+  bool operator==(const LatentOptions&) const = default;
+};
+
 struct MethodOptions {
   Budget budget;
   SelectionOptions selection;
@@ -44,6 +54,9 @@ struct MethodOptions {
   uint64_t seed = 1;
   // Pruning: a removed slot answers with the survivor most like it instead of being masked (arXiv 2605.13997, compress/pruning.h).
   bool redirect = false;
+  // Merging: down matrices of merged experts are fitted again (arXiv 2510.14436, compress/merging.h). Reads a sample of inputs.
+  bool refit = false;
+  LatentOptions latent;
 };
 
 struct MethodInput {
@@ -60,9 +73,11 @@ enum class Trainable : uint8_t {
   kNothing,
   kEverything,
   kAdapters,          // those of the replaced slots, and new ones on every other slot
-  kBases,             // bases in full rank alone
   kBasesAndAdapters,  // bases in full rank as well
+  kBasesAndFactors,  // bases in full rank, and of the plan's adapters the kinds of factors that trained_factors() names
 };
+// Kinds of an adapter's factors, as bits of a set.
+enum AdapterFactor : uint8_t { kBGate = 1, kBUp = 2, kBDown = 4, kADown = 8, kAGateUp = 16, kAllFactors = 31 };
 
 // What a method reads beside the weights.
 enum class Needs : uint8_t {
@@ -90,12 +105,19 @@ struct Method {
   bool train_free = false;  // published as usable without training
   double anneal = 0;        // default eps; 0 = direct
   bool compresses = false;  // takes a budget
+  bool redirects = false;   // takes --redirect: it removes slots
+  bool merges = false;      // takes --refit: it averages experts
 };
 
+// Error(kUsage) when an option asks for what the method does not do: --redirect, --refit.
+void check_options(const Method& method, const MethodOptions& options);
+// What the method reads with these options beside the weights: some need more.
+bool reads_inputs(const Method& method, const MethodOptions& options);
+bool reads_unit_gradients(const Method& method, const MethodOptions& options);
 // "nothing", "statistics", "mean outputs over all tokens", "a sample of inputs"
 const char* name_of(Needs needs);
-// Error(kUsage) when the statistics lack what the method reads; saying how to calibrate.
-void check_needs(const Method& method, const Statistics& statistics);
+// Error(kUsage) when the statistics lack what the method reads with these options; saying how to calibrate.
+void check_needs(const Method& method, const MethodOptions& options, const Statistics& statistics);
 
 struct RegisterMethod {
   explicit RegisterMethod(Method method);
@@ -110,6 +132,9 @@ int64_t matched_rank(const MethodInput& input, int64_t bases);
 // The method's rank, else (where adapters train) the one at which the adapters of this plan come closest to LightMoE's number;
 // 0 where no adapter trains.
 int64_t recovery_rank(const Method& method, const MethodInput& input, const Plan& plan);
+// Where a plan's adapters are more than LightMoE trains in all (D2-MoE's are most of the model): the kinds of factors that train beside the
+// bases so that their number comes nearest to LightMoE's, the same kinds in every slot; all for other methods.
+uint8_t trained_factors(const Method& method, const MethodInput& input, const Plan& plan);
 // What the method trains under this plan, the adapters that recovery adds counted.
 int64_t trainable_parameters(const Method& method, const MethodInput& input, const Plan& plan);
 

@@ -1,5 +1,6 @@
 #include "compress/residuals.h"
 
+#include <cmath>
 #include <memory>
 
 #include "compress/expert_sample.h"
@@ -14,6 +15,21 @@ constexpr double kRidge = 1e-2;
 
 const Tensor& matrix_of(const ExpertMatrices& expert, ExpertMatrix matrix) {
   return matrix == ExpertMatrix::kGate ? expert.gate : matrix == ExpertMatrix::kUp ? expert.up : expert.down;
+}
+
+// Each rank's factors of equal length, as those of a plain SVD are: B takes over the size of X otherwise, and a step of training that moves
+// every number alike then moves the product by as much more through A.
+void balance(const LowRank& factors) {
+  const int64_t m = factors.b.dim(0), rank = factors.b.dim(1), n = factors.a.dim(1);
+  for (int64_t r = 0; r < rank; ++r) {
+    double *b = factors.b.data<double>() + r, *a = factors.a.data<double>() + r * n, bb = 0, aa = 0;
+    for (int64_t i = 0; i < m; ++i) bb += b[i * rank] * b[i * rank];
+    for (int64_t i = 0; i < n; ++i) aa += a[i] * a[i];
+    if (aa == 0 || bb == 0) continue;
+    const double scale = std::sqrt(std::sqrt(aa / bb));
+    for (int64_t i = 0; i < m; ++i) b[i * rank] *= scale;
+    for (int64_t i = 0; i < n; ++i) a[i] /= scale;
+  }
 }
 
 }  // namespace
@@ -51,6 +67,7 @@ LowRank Residuals::factorise(const Site& site, const BankEntry& base, int64_t ra
   const Tensor l = cholesky(with_ridge(product(x, true, x, false), kRidge));
   LowRank best = best_low_rank(product(delta, false, l, false), rank, input_.options.seed);
   best.a = solve_right(l, best.a, true);
+  balance(best);
   return best;
 }
 

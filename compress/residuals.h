@@ -3,7 +3,7 @@
 //   plain      best rank-R approximation of the weights (compress/svd.h)
 //   whitened   of the outputs: with X the sampled inputs of that matrix on the expert's own tokens (of down: its hidden activations) and
 //              L L^T = X^T X + ridge, the rank-R truncation of (W_expert - W_base) L, A taken back by L^{-1}. ridge = 0.01 mean diagonal; an
-//              expert without sampled tokens gets the plain one.
+//              expert without sampled tokens gets the plain one. Each rank's factors are then scaled to equal norms, as those of an SVD are.
 // With MethodOptions::align the expert's hidden units stand in the order of the base's first member (compress/merging.h), as in the base.
 // The factors of one matrix, one expert and the bases of one layer are kept until another is asked for: tensors are written layer by
 // layer, both factors of a matrix one after the other.

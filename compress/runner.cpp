@@ -30,6 +30,7 @@ void check_recipe(const Recipe& recipe, const OlmoeConfig& config) {
         .check_valid();
     check(t.length <= config.max_position_embeddings, ErrorKind::kUsage, "{}: length {}: the model has {} positions",
           recipe.file, t.length, config.max_position_embeddings);
+    check_options(find_method(method.method), method.options);
     for (const double ratio : method.ratios) {
       MethodOptions options = method.options;
       options.budget.value = ratio;

@@ -70,6 +70,10 @@ Json to_json(const MethodOptions& o) {
   if (o.rank_allocation != RankAllocation::kEqual) json["rank_allocation"] = name_of(o.rank_allocation);
   if (o.redirect) json["redirect"] = true;
   if (o.align) json["align"] = true;
+  if (o.refit) json["refit"] = true;
+  if (const LatentOptions& l = o.latent; l != LatentOptions{}) {
+    json["latent"] = {l.size, l.group, l.bases, l.down, l.fit_steps};
+  }
   return json;
 }
 

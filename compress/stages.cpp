@@ -23,6 +23,8 @@ namespace fs = std::filesystem;
 // Whether the compression depends on what calibration found.
 bool reads_statistics(const RecipeMethod& method) { return find_method(method.method).needs != Needs::kNothing; }
 
+bool reads_all_outputs(const Method& method, const MethodOptions&) { return needs_all_outputs(method.needs); }
+
 void add_version(RunResult& result, const std::string& version) {
   if (std::find(result.versions.begin(), result.versions.end(), version) == result.versions.end())
     result.versions.push_back(version);
@@ -81,13 +83,9 @@ const TaskData& Stages::data(size_t index) {
   return data_;
 }
 
-bool Stages::needs(bool (*what)(Needs)) const {
-  return std::any_of(recipe_.methods.begin(), recipe_.methods.end(), [what](const RecipeMethod& m) {
-    const bool whitened = m.options.adapter_init == AdapterInit::kWhitenedSvd;
-    const bool taylor = m.options.selection.importance == Importance::kTaylor;
-    return what(find_method(m.method).needs) || (whitened && what(Needs::kInputs)) ||
-           (taylor && what(Needs::kUnitGradients));
-  });
+bool Stages::needs(bool (*what)(const Method&, const MethodOptions&)) const {
+  return std::any_of(recipe_.methods.begin(), recipe_.methods.end(),
+                     [what](const RecipeMethod& m) { return what(find_method(m.method), m.options); });
 }
 
 std::string Stages::statistics_key(size_t task) {
@@ -107,13 +105,13 @@ void Stages::calibrate(size_t t) {
   // What is collected beside does not change the rest: a method that joins the recipe leaves the others' stages as they are.
   const std::string key =
       key_of({{"statistics", statistics_key(t)},
-              {"needs", {needs(&needs_all_outputs), needs(&needs_inputs), needs(&needs_unit_gradients)}}});
+              {"needs", {needs(&reads_all_outputs), needs(&reads_inputs), needs(&reads_unit_gradients)}}});
   if (is_done(key_file, key) && fs::exists(file)) return;
   if (original_ == nullptr) original_ = load_model(recipe_.model, source_dtype());
   CalibrateOptions options = recipe_.calibrate;
   options.length = std::min(options.length, config_.max_position_embeddings);
-  options.all_outputs = needs(&needs_all_outputs), options.sample_inputs = needs(&needs_inputs);
-  options.unit_gradients = needs(&needs_unit_gradients);
+  options.all_outputs = needs(&reads_all_outputs), options.sample_inputs = needs(&reads_inputs);
+  options.unit_gradients = needs(&reads_unit_gradients);
   const CalibrationSet set = calibration_set(data(t).train, options);
   const Statistics statistics = lightmoe::calibrate(*original_, set, fingerprint_, options);
   save_statistics(statistics, file);

@@ -49,7 +49,7 @@ class Stages {
   Path compressed_directory(const RunPlan& plan) const;
   Path model_directory(const RunPlan& plan) const;  // what is evaluated
   std::string statistics_key(size_t task);
-  bool needs(bool (*what)(Needs)) const;  // whether some method of the recipe does
+  bool needs(bool (*what)(const Method&, const MethodOptions&)) const;  // whether some method of the recipe does
   Keys keys_of(const RunPlan& plan);
   void compress(const RunPlan& plan, const std::string& key);
   bool recover(const RunPlan& plan, const std::string& key);  // false when stopped

@@ -1,6 +1,7 @@
 #include "kernels/elementwise.h"
 
 #include "kernels/access.h"
+#include "kernels/cpu_math.h"
 #include "runtime/parallel.h"
 
 namespace lightmoe {
@@ -121,12 +122,44 @@ void blend_cpu(const Blend& op) {
   });
 }
 
+void silu_cpu(const Silu& op) {
+  visit_floating("silu", op.y.dtype(), [&]<class T>() {
+    using C = compute_t<T>;
+    const T* x = op.x.data<T>();
+    T* y = op.y.data<T>();
+    over_elements(op.y.numel(), [=](int64_t begin, int64_t end) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) {
+        const C z = load(x, i);
+        store(y, i, z * (C(1) / (C(1) + exp_of(-z))));
+      }
+    });
+  });
+}
+
+void silu_backward_cpu(const SiluBackward& op) {
+  visit_floating("silu_backward", op.dx.dtype(), [&]<class T>() {
+    using C = compute_t<T>;
+    const T *x = op.x.data<T>(), *dy = op.dy.data<T>();
+    T* dx = op.dx.data<T>();
+    over_elements(op.dx.numel(), [=](int64_t begin, int64_t end) {
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) {
+        const C z = load(x, i), sigmoid = C(1) / (C(1) + exp_of(-z)), silu = z * sigmoid;
+        store(dx, i, load(dy, i) * (sigmoid + silu * (C(1) - sigmoid)));
+      }
+    });
+  });
+}
+
 const RegisterKernel<Add> register_add{DeviceKind::kCpu, &add_cpu};
 const RegisterKernel<Axpy> register_axpy{DeviceKind::kCpu, &axpy_cpu};
 const RegisterKernel<Scale> register_scale{DeviceKind::kCpu, &scale_cpu};
 const RegisterKernel<Clamp> register_clamp{DeviceKind::kCpu, &clamp_cpu};
 const RegisterKernel<ClampBackward> register_clamp_backward{DeviceKind::kCpu, &clamp_backward_cpu};
 const RegisterKernel<Blend> register_blend{DeviceKind::kCpu, &blend_cpu};
+const RegisterKernel<Silu> register_silu{DeviceKind::kCpu, &silu_cpu};
+const RegisterKernel<SiluBackward> register_silu_backward{DeviceKind::kCpu, &silu_backward_cpu};
 
 }  // namespace
 
@@ -164,6 +197,17 @@ void run(const Blend& op) {
   require_tensor(op.a, "blend", "a", op.y.shape(), op.a.dtype());
   require_tensor(op.b, "blend", "b", op.y.shape(), op.b.dtype());
   dispatch(op, op.y.device(), "blend");
+}
+
+void run(const Silu& op) {
+  require_tensor(op.x, "silu", "x", op.y.shape(), op.y.dtype());
+  dispatch(op, op.y.device(), "silu");
+}
+
+void run(const SiluBackward& op) {
+  require_tensor(op.x, "silu_backward", "x", op.dx.shape(), op.dx.dtype());
+  require_tensor(op.dy, "silu_backward", "dy", op.dx.shape(), op.dx.dtype());
+  dispatch(op, op.dx.device(), "silu_backward");
 }
 
 }  // namespace lightmoe

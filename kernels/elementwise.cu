@@ -64,6 +64,16 @@ struct Mixed {
   DEVICE_FN float operator()(float a, float b) const { return b + beta * (a - b); }
 };
 
+struct SiluOf {
+  DEVICE_FN float operator()(float x, float) const { return x * sigmoid(x); }
+};
+struct SiluGradient {  // of x and dy
+  DEVICE_FN float operator()(float x, float dy) const {
+    const float s = sigmoid(x), silu = x * s;
+    return dy * (s + silu * (1.0f - s));
+  }
+};
+
 void add_device(const Add& op) {
   visit_device_floating("add", op.y.dtype(), [&]<class T>() { map<T, T, T>(op.a, op.b, op.y, Sum{}); });
 }
@@ -84,6 +94,14 @@ void clamp_device(const Clamp& op) {
 void clamp_backward_device(const ClampBackward& op) {
   visit_device_floating("clamp_backward", op.dx.dtype(),
                         [&]<class T>() { map<T, T, T>(op.x, op.dy, op.dx, InLimits{static_cast<float>(op.limit)}); });
+}
+
+void silu_device(const Silu& op) {
+  visit_device_floating("silu", op.y.dtype(), [&]<class T>() { map<T>(op.x, op.y, SiluOf{}); });
+}
+void silu_backward_device(const SiluBackward& op) {
+  visit_device_floating("silu_backward", op.dx.dtype(),
+                        [&]<class T>() { map<T, T, T>(op.x, op.dy, op.dx, SiluGradient{}); });
 }
 
 template <class A, class B, class Y>
@@ -125,6 +143,8 @@ const RegisterKernel<Scale> register_scale{kDevice, &scale_device};
 const RegisterKernel<Clamp> register_clamp{kDevice, &clamp_device};
 const RegisterKernel<ClampBackward> register_clamp_backward{kDevice, &clamp_backward_device};
 const RegisterKernel<Blend> register_blend{kDevice, &blend_device};
+const RegisterKernel<Silu> register_silu{kDevice, &silu_device};
+const RegisterKernel<SiluBackward> register_silu_backward{kDevice, &silu_backward_device};
 
 }  // namespace
 }  // namespace lightmoe::LIGHTMOE_DEVICE

@@ -23,8 +23,15 @@ std::vector<ParameterPtr> MoeLayer::parameters() const {
     if (expert.gate_up != nullptr) all.insert(all.end(), {expert.gate_up, expert.down});
   }
   if (constants != nullptr) all.push_back(constants);
-  all.insert(all.end(), projections.begin(), projections.end());
-  for (const Latent& latent : latents) all.insert(all.end(), {latent.a_gate, latent.a_up, latent.down});
+  const auto add = [&all](const ParameterPtr& p) {
+    if (p != nullptr) all.push_back(p);
+  };
+  for (const Projection& p : projections) {
+    for (const ParameterPtr& part : {p.gate_up, p.down, p.left_gate_up, p.left_down}) add(part);
+  }
+  for (const Latent& latent : latents) {
+    for (const ParameterPtr& part : {latent.a_gate, latent.a_up, latent.down, latent.a_down, latent.mix}) add(part);
+  }
   for (const Adapter& a : adapters) all.insert(all.end(), {a.a_gate_up, a.b_gate, a.b_up, a.a_down, a.b_down});
   if (extension == nullptr) return all;
   for (const ExtensionTensor& tensor : extension->tensors()) all.push_back(tensor.parameter);

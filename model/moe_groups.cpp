@@ -10,13 +10,6 @@ namespace {
 
 constexpr int64_t kBlendBytes = 64 << 20;  // of the blends in memory at once, one matrix more at most
 
-// Where the host cannot look without waiting for the device, every group counts as having rows: an empty one costs nothing there.
-bool has_rows(const DispatchPlan& plan, size_t group) {
-  if (!is_host_memory(plan.group_offsets.device())) return true;
-  const int32_t* offsets = plan.group_offsets.data<int32_t>();
-  return offsets[group + 1] > offsets[group];
-}
-
 // beta original + (1-beta) bank, in scratch; the original itself at beta 1.
 Tensor blended(const MoeGroup& group, ExpertHalf half, double beta, DType activation) {
   const Tensor& original = half_of(group.original, half)->value;
@@ -86,6 +79,12 @@ MoeGroups::MoeGroups(const MoeLayer& layer, bool base_once) {
     shared = false;
   }
   if (merge) lane_of_slot = std::move(lane);
+}
+
+bool has_rows(const DispatchPlan& plan, size_t group) {
+  if (!is_host_memory(plan.group_offsets.device())) return true;
+  const int32_t* offsets = plan.group_offsets.data<int32_t>();
+  return offsets[group + 1] > offsets[group];
 }
 
 const ParameterPtr& half_of(const Expert& expert, ExpertHalf half) {

@@ -1,7 +1,7 @@
 #pragma once
 // What the slots of a layer point to during one pass. A GROUP is one pair of matrices that rows are multiplied with: a bank entry,
-// or an annealed slot (its own blend of two experts), or a latent slot (its down matrix; gate and up come from
-// model/moe_latent.h). A LANE is what a slot computes: group and adapter; slots of one lane are
+// or an annealed slot (its own blend of two experts), or a latent slot (its down matrix where it has one; the rest comes
+// from model/moe_latent.h). A LANE is what a slot computes: group and adapter; slots of one lane are
 // merged before dispatch (kernels/merge_slots.h). Groups are numbered bank entries first, then latents, then annealed slots.
 // Constant and removed slots have no group.
 
@@ -15,7 +15,7 @@
 namespace lightmoe {
 
 struct MoeGroup {
-  Expert bank;      // null matrices: W = 0; gate_up alone null: a latent
+  Expert bank;      // null matrices: W = 0, or of a latent
   Expert original;  // annealed slot: W = beta original + (1-beta) bank; null else
   bool annealed() const { return original.gate_up != nullptr; }
 };
@@ -31,6 +31,10 @@ struct MoeGroups {
   // base_once false: every lane is a group of its own.
   explicit MoeGroups(const MoeLayer& layer, bool base_once = true);
 };
+
+// Whether the plan has rows for a group. Where the host cannot look without waiting for the device, every group counts as having
+// rows: an empty one costs nothing there.
+bool has_rows(const DispatchPlan& plan, size_t group);
 
 enum class ExpertHalf : uint8_t { kGateUp, kDown };
 const ParameterPtr& half_of(const Expert& expert, ExpertHalf half);

@@ -6,16 +6,14 @@
 namespace lightmoe {
 
 LatentTerms::LatentTerms(const MoeLayer& layer, const Tensor& slots, const DispatchPlan& pairs, GemmCompute compute)
-    : projections_(layer.projections), compute_(compute) {
+    : projections_(layer), compute_(compute), size_(projections_.size()) {
   if (layer.latents.empty()) return;
-  std::vector<int32_t> projection_of_slot;
+  std::vector<int32_t> group_of_slot;
   for (const Slot& slot : layer.slots) {
-    const bool latent = slot.kind == SlotKind::kLatent;
-    projection_of_slot.push_back(latent ? layer.latents[static_cast<size_t>(slot.latent)].projection : -1);
+    group_of_slot.push_back(slot.kind == SlotKind::kLatent ? projections_.group_of(slot.latent) : -1);
   }
-  projection_of_slot.push_back(-1);
-  plan_ = make_dispatch_plan(slots, projection_of_slot, static_cast<int64_t>(projections_.size()));
-  size_ = layer.latents.front().a_gate->value.dim(1);
+  group_of_slot.push_back(-1);
+  plan_ = make_dispatch_plan(slots, group_of_slot, projections_.num_groups());
   for (const int32_t slot : plan_.slot_order) {
     latents_.push_back(layer.latents[static_cast<size_t>(layer.slots[static_cast<size_t>(slot)].latent)]);
   }
@@ -32,16 +30,17 @@ std::vector<Tensor> LatentTerms::factors(ParameterPtr Latent::*member) const {
 
 void LatentTerms::add_to_h(const Tensor& x, const Tensor& h) {
   const int64_t width = h.dim(1) / 2;
-  std::vector<Tensor> shared;
-  for (const ParameterPtr& p : projections_) shared.push_back(p->value);
   u_ = Tensor::empty({plan_.num_visits, 2 * size_}, x.dtype());
-  run(GroupedGemmM{.a = x,
-                   .a_rows = plan_.visit_token,
-                   .offsets = plan_.group_offsets,
-                   .b = shared,
-                   .c = u_,
-                   .trans_b = true,
-                   .compute = compute_});
+  projections_.use(ExpertHalf::kGateUp, plan_, x.dtype(), false, [&](const LatentProjections::Block& block) {
+    run(GroupedGemmM{.a = x,
+                     .a_rows = plan_.visit_token,
+                     .offsets = plan_.group_offsets,
+                     .b = block.p,
+                     .c = u_,
+                     .trans_b = true,
+                     .compute = compute_,
+                     .c_column = block.first});
+  });
   const Tensor rows = Tensor::empty({plan_.num_pairs, 2 * width}, h.dtype());
   GroupedGemmM op{.a = u_,
                   .a_rows = plan_.pair_visit,
@@ -57,6 +56,42 @@ void LatentTerms::add_to_h(const Tensor& x, const Tensor& h) {
   run(ScatterRows{.x = rows, .index = pair_of_, .y = h});
 }
 
+Tensor LatentTerms::down_rows(const Tensor& a) const {
+  const Tensor w = Tensor::empty({plan_.num_pairs, size_}, a.dtype());
+  run(GroupedGemmM{.a = a,
+                   .a_rows = pair_of_,
+                   .offsets = plan_.slot_offsets,
+                   .b = factors(&Latent::a_down),
+                   .c = w,
+                   .compute = compute_});
+  return w;
+}
+
+Tensor LatentTerms::gated_sum(const Tensor& rows, const Tensor& gates) const {
+  const Tensor t = Tensor::empty({plan_.num_visits, size_}, rows.dtype());
+  run(GatedSum{.a = rows, .gates = gates, .pair_index = plan_.pair_index, .pair_visit = plan_.pair_visit, .s = t});
+  return t;
+}
+
+// to[token, :] += P^T rows, summed over the token's visits.
+void LatentTerms::add_rows(ExpertHalf half, const Tensor& rows, const Tensor& to) const {
+  const Tensor out = Tensor::empty({plan_.num_visits, to.dim(1)}, rows.dtype());
+  projections_.use(half, plan_, rows.dtype(), false, [&](const LatentProjections::Block& block) {
+    run(GroupedGemmM{.a = rows,
+                     .offsets = plan_.group_offsets,
+                     .b = block.p,
+                     .c = out,
+                     .beta = block.first == 0 ? 0.0 : 1.0,
+                     .compute = compute_,
+                     .a_column = block.first});
+  });
+  run(Combine{.x = out, .index = plan_.token_visit, .accumulate = true, .y = to});
+}
+
+void LatentTerms::add_to_y(const Tensor& a, const Tensor& gates, const Tensor& y) const {
+  add_rows(ExpertHalf::kDown, gated_sum(down_rows(a), gates), y);
+}
+
 void LatentTerms::add_factor_gradient(ParameterPtr Latent::*member, GroupedGemmK op) const {
   std::vector<ParameterPtr> trained(latents_.size());
   for (size_t i = 0; i < latents_.size(); ++i) {
@@ -65,6 +100,47 @@ void LatentTerms::add_factor_gradient(ParameterPtr Latent::*member, GroupedGemmK
   op.beta = grad_beta_of(trained), op.compute = compute_;
   for (const ParameterPtr& p : trained) op.c.push_back(p != nullptr ? p->grad : Tensor());
   run(op);
+}
+
+void LatentTerms::down_backward(const Tensor& a, const Tensor& dy, const Tensor& gates, const Tensor& da,
+                                const Tensor& dgates) const {
+  const Tensor w = down_rows(a), t = gated_sum(w, gates), dt = Tensor::empty(t.shape(), t.dtype());
+  projections_.use(ExpertHalf::kDown, plan_, a.dtype(), true, [&](const LatentProjections::Block& block) {
+    run(GroupedGemmM{.a = dy,
+                     .a_rows = plan_.visit_token,
+                     .offsets = plan_.group_offsets,
+                     .b = block.p,
+                     .c = dt,
+                     .trans_b = true,
+                     .compute = compute_,
+                     .c_column = block.first});
+    if (block.dp.empty()) return;
+    run(GroupedGemmK{.a = t,
+                     .b = dy,
+                     .b_rows = plan_.visit_token,
+                     .offsets = plan_.group_offsets,
+                     .c = block.dp,
+                     .beta = block.beta,
+                     .compute = compute_,
+                     .a_column = block.first});
+  });
+  const Tensor dw = Tensor::empty(w.shape(), w.dtype());
+  run(GatedSumBackward{.a = w,
+                       .ds = dt,
+                       .gates = gates,
+                       .pair_index = plan_.pair_index,
+                       .pair_visit = plan_.pair_visit,
+                       .da = dw,
+                       .dgates = dgates});
+  add_factor_gradient(&Latent::a_down, {.a = a, .a_rows = pair_of_, .b = dw, .offsets = plan_.slot_offsets});
+  const Tensor rows = Tensor::empty({plan_.num_pairs, da.dim(1)}, da.dtype());
+  run(GroupedGemmM{.a = dw,
+                   .offsets = plan_.slot_offsets,
+                   .b = factors(&Latent::a_down),
+                   .c = rows,
+                   .trans_b = true,
+                   .compute = compute_});
+  run(ScatterRows{.x = rows, .index = pair_of_, .y = da});
 }
 
 void LatentTerms::backward(const Tensor& x, const Tensor& dh, const Tensor& dx) const {
@@ -88,22 +164,19 @@ void LatentTerms::backward(const Tensor& x, const Tensor& dh, const Tensor& dx) 
   run(op);
   const Tensor du = Tensor::empty({plan_.num_visits, 2 * size_}, dh.dtype());
   run(SumPairs{.x = du_pairs, .pair_visit = plan_.pair_visit, .y = du});
-
-  std::vector<ParameterPtr> trained;
-  std::vector<Tensor> shared;
-  for (const ParameterPtr& p : projections_) {
-    trained.push_back(p->trainable ? p : nullptr);
-    shared.push_back(p->value);
+  if (projections_.any_trainable(ExpertHalf::kGateUp)) {
+    projections_.use(ExpertHalf::kGateUp, plan_, dh.dtype(), true, [&](const LatentProjections::Block& block) {
+      run(GroupedGemmK{.a = du,
+                       .b = x,
+                       .b_rows = plan_.visit_token,
+                       .offsets = plan_.group_offsets,
+                       .c = block.dp,
+                       .beta = block.beta,
+                       .compute = compute_,
+                       .a_column = block.first});
+    });
   }
-  GroupedGemmK projection{
-      .a = du, .b = x, .b_rows = plan_.visit_token, .offsets = plan_.group_offsets, .beta = grad_beta_of(trained)};
-  projection.compute = compute_;
-  for (const ParameterPtr& p : trained) projection.c.push_back(p != nullptr ? p->grad : Tensor());
-  run(projection);
-  if (!dx.defined()) return;
-  const Tensor rows = Tensor::empty({plan_.num_visits, x.dim(1)}, dh.dtype());
-  run(GroupedGemmM{.a = du, .offsets = plan_.group_offsets, .b = shared, .c = rows, .compute = compute_});
-  run(Combine{.x = rows, .index = plan_.token_visit, .accumulate = true, .y = dx});
+  if (dx.defined()) add_rows(ExpertHalf::kGateUp, du, dx);
 }
 
 }  // namespace lightmoe

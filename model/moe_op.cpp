@@ -90,6 +90,7 @@ Tensor MoeRun::forward(bool keep, const Tensor& sum) {
   if (pairs_are_visits() && low_rank_.empty()) {  // the gate may wait until the rows are summed
     visit_product(a, {}, ExpertHalf::kDown, true, rows);
     run(Combine{.x = rows, .index = plan_.index_pair, .scales = gates_, .accumulate = accumulate, .y = y});
+    if (latents_->any_down()) latents_->add_to_y(a, gates_, y);
     if (constants_->any()) constants_->add_to_y(gates_, y);
     return y;
   }
@@ -97,6 +98,7 @@ Tensor MoeRun::forward(bool keep, const Tensor& sum) {
   combine(rows, y, accumulate, [&](size_t i, const Tensor& pair_rows, double beta) {
     low_rank_[i].add_to_y(plan_, a, gates_, pair_rows, beta);
   });
+  if (latents_->any_down()) latents_->add_to_y(a, gates_, y);
   if (constants_->any()) constants_->add_to_y(gates_, y);
   return y;
 }
@@ -118,6 +120,7 @@ Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, boo
                          .dgates = dgates});
   }
   if (constants_->any()) constants_->backward(dy, gates_, dgates);
+  if (latents_->any_down()) latents_->down_backward(a, dy, gates_, da, dgates);
   if (any_trainable(groups_, ExpertHalf::kDown)) {
     weight_gradient(ExpertHalf::kDown, {.a = dy, .a_rows = plan_.visit_token, .b = gated_sum(a)});
   }

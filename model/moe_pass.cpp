@@ -6,12 +6,21 @@
 namespace lightmoe {
 namespace {
 
+// Of the stored experts, 0 without any.
 int64_t expert_width(const MoeLayer& layer) {
   for (const Expert& expert : layer.experts) {
     if (expert.down != nullptr) return expert.down->value.dim(1);
   }
-  for (const Adapter& adapter : layer.adapters) return adapter.b_gate->value.dim(0);
-  for (const Latent& latent : layer.latents) return latent.down->value.dim(1);
+  return 0;
+}
+
+int64_t slot_width(const MoeLayer& layer) {
+  for (const Slot& slot : layer.slots) {
+    if (slot.adapter < 0 || slot.kind == SlotKind::kRemoved) continue;
+    return layer.adapters[static_cast<size_t>(slot.adapter)].b_gate->value.dim(0);
+  }
+  if (const int64_t width = expert_width(layer); width > 0) return width;
+  for (const Latent& latent : layer.latents) return latent.a_gate->value.dim(0);
   for (const AnnealedSlot& annealed : layer.annealed) return annealed.original.down->value.dim(1);
   return 0;
 }
@@ -37,7 +46,8 @@ MoePass::MoePass(const MoeLayer& layer, GemmCompute compute, DType rows, const T
   if (!groups_.lane_of_slot.empty()) merge(slots);
   plan_ = make_dispatch_plan(chosen_, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
   constants_.emplace(layer, chosen_);
-  width_ = expert_width(layer);
+  width_ = slot_width(layer);
+  bank_width_ = expert_width(layer) > 0 ? expert_width(layer) : width_;
   zero_rows_ = has_zero_rows(groups_, plan_);
 }
 
@@ -58,12 +68,27 @@ void MoePass::visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf ha
                             const Tensor& c) const {
   GroupedGemmM op{
       .a = a, .a_rows = a_rows, .offsets = plan_.group_offsets, .c = c, .trans_b = trans_b, .compute = compute_};
+  const bool by_halves = half == ExpertHalf::kGateUp && bank_width_ < width_;
   use_group_weights(groups_, plan_, half, dtype_ == DType::kBF16 ? DType::kF32 : dtype_,
                     [&](const std::vector<Tensor>& weights) {
+                      if (by_halves) return halves_product(op, weights);
                       op.b = weights;
                       run_grouped(op);
                       op.b.clear();  // blends go before the next ones come
                     });
+}
+
+// Gate and up of experts with fewer units than the rows have: each half into (or out of) the first columns of its half of the rows.
+void MoePass::halves_product(GroupedGemmM op, const std::vector<Tensor>& weights) const {
+  for (const int64_t half : {0, 1}) {
+    op.b.clear();
+    for (const Tensor& w : weights) {
+      op.b.push_back(w.defined() ? w.slice(half * bank_width_, (half + 1) * bank_width_) : Tensor());
+    }
+    (op.trans_b ? op.c_column : op.a_column) = half * width_;
+    if (!op.trans_b) op.beta = static_cast<double>(half);
+    run_grouped(op);
+  }
 }
 
 void MoePass::weight_gradient(ExpertHalf half, GroupedGemmK op) const {
@@ -77,9 +102,17 @@ void MoePass::weight_gradient(ExpertHalf half, GroupedGemmK op) const {
   }
   const auto run_for = [&](const std::vector<ParameterPtr>& parameters, double alpha) {
     op.alpha = alpha, op.beta = grad_beta_of(parameters), op.compute = compute_, op.offsets = plan_.group_offsets;
-    op.c.clear();
-    for (const ParameterPtr& p : parameters) op.c.push_back(p != nullptr ? p->grad : Tensor());
-    run(op);
+    const bool by_halves = half == ExpertHalf::kGateUp && bank_width_ < width_;
+    for (const int64_t part : by_halves ? std::vector<int64_t>{0, 1} : std::vector<int64_t>{0}) {
+      op.c.clear();
+      for (const ParameterPtr& p : parameters) {
+        const Tensor whole = p != nullptr ? p->grad : Tensor();
+        op.c.push_back(by_halves && whole.defined() ? whole.slice(part * bank_width_, (part + 1) * bank_width_)
+                                                    : whole);
+      }
+      op.a_column = part * width_;
+      run(op);
+    }
   };
   run_for(own, 1);
   if (any_blended && groups_.beta < 1) run_for(blended, 1 - groups_.beta);  // d(blend) / d(bank)

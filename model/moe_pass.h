@@ -19,9 +19,10 @@ class MoePass {
   MoePass(const MoeLayer& layer, GemmCompute compute, DType rows, const Tensor& slots, const Tensor& gates);
 
   Tensor empty(int64_t rows, int64_t width) const { return Tensor::empty({rows, width}, dtype_); }
-  // Rows that a grouped product over the visits writes; zero first where groups stand for W = 0.
+  // Rows that a grouped product over the visits writes; zero first where groups stand for W = 0 or experts for fewer units.
   Tensor visit_rows(int64_t width) const {
-    return zero_rows_ ? Tensor::zeros({plan_.num_visits, width}, dtype_) : empty(plan_.num_visits, width);
+    return zero_rows_ || bank_width_ < width_ ? Tensor::zeros({plan_.num_visits, width}, dtype_)
+                                              : empty(plan_.num_visits, width);
   }
   void visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf half, bool trans_b, const Tensor& c) const;
   // op: a, b and their rows.
@@ -36,11 +37,12 @@ class MoePass {
   Tensor chosen_;         // slots after merging
   DispatchPlan plan_;
   std::optional<ConstantTerms> constants_;
-  int64_t width_ = 0;
+  int64_t width_ = 0, bank_width_ = 0;  // units of the slots, and of the stored experts where adapters are wider
   bool zero_rows_ = false;
 
  private:
   void merge(const Tensor& slots);
+  void halves_product(GroupedGemmM op, const std::vector<Tensor>& weights) const;
 };
 
 }  // namespace lightmoe

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kNone = 0;  // goes with the first part
 
 int64_t width_of_slot(const MoeLayer& layer, const Slot& slot) {
-  if (slot.kind == SlotKind::kLatent) return layer.latents[static_cast<size_t>(slot.latent)].down->value.dim(1);
+  if (slot.kind == SlotKind::kLatent) return layer.latents[static_cast<size_t>(slot.latent)].a_gate->value.dim(0);
   if (slot.kind != SlotKind::kExpert) return kNone;
   const Expert& expert = layer.experts[static_cast<size_t>(slot.expert)];
   if (expert.down != nullptr) return expert.down->value.dim(1);
@@ -61,14 +61,14 @@ MoeLayer part_of(const MoeLayer& layer, const std::vector<int64_t>& widths, int6
 
 bool has_one_width(const MoeLayer& layer) {
   int64_t first = kNone;
-  const auto same = [&first](const ParameterPtr& down) {
-    if (down == nullptr) return true;
-    const int64_t width = down->value.dim(1);
+  const auto same = [&first](int64_t width) {
     if (first == kNone) first = width;
     return width == first;
   };
-  return std::all_of(layer.experts.begin(), layer.experts.end(), [&](const Expert& e) { return same(e.down); }) &&
-         std::all_of(layer.latents.begin(), layer.latents.end(), [&](const Latent& l) { return same(l.down); });
+  return std::all_of(layer.experts.begin(), layer.experts.end(),
+                     [&](const Expert& e) { return e.down == nullptr || same(e.down->value.dim(1)); }) &&
+         std::all_of(layer.latents.begin(), layer.latents.end(),
+                     [&](const Latent& l) { return same(l.a_gate->value.dim(0)); });
 }
 
 std::vector<MoeLayer> split_by_width(const MoeLayer& layer, const Tensor& slots) {

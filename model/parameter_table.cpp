@@ -77,16 +77,24 @@ void add_constants_and_latents(List& list, const OlmoeConfig& c, int64_t layer, 
   if (shape.constants > 0) {
     list.push_back({constants_tensor_name(layer), {shape.constants, d}, ParameterKind::kConstant, layer});
   }
+  const auto is_factor = [&](ExpertMatrix matrix) { return matrix != ExpertMatrix::kDown || shape.latent_down; };
+  const int64_t rows = shape.projection_rows();
   for (int64_t i = 0; i < shape.projections; ++i) {
-    for (const ExpertMatrix matrix : {ExpertMatrix::kGate, ExpertMatrix::kUp}) {
-      list.push_back({projection_tensor_name(layer, i, matrix), {m, d}, latent, layer});
+    for (const ExpertMatrix matrix : kExpertMatrices) {
+      if (!is_factor(matrix)) continue;
+      list.push_back({projection_tensor_name(layer, i, matrix), {rows, d}, latent, layer});
+      if (rows < m) list.push_back({left_tensor_name(layer, i, matrix), {m - rows, rows}, latent, layer});
     }
   }
   for (size_t i = 0; i < shape.latent_projection.size(); ++i) {
     const auto index = static_cast<int64_t>(i);
-    list.push_back({latent_tensor_name(layer, index, ExpertMatrix::kGate), {f, m}, latent, layer});
-    list.push_back({latent_tensor_name(layer, index, ExpertMatrix::kUp), {f, m}, latent, layer});
-    list.push_back({latent_tensor_name(layer, index, ExpertMatrix::kDown), {d, f}, latent, layer});
+    for (const ExpertMatrix matrix : kExpertMatrices) {
+      const std::vector<int64_t> dims = is_factor(matrix) ? std::vector{f, m} : std::vector{d, f};
+      list.push_back({latent_tensor_name(layer, index, matrix), dims, latent, layer});
+    }
+    if (shape.latent_mix) {
+      list.push_back({mix_tensor_name(layer, index), {shape.latent_matrices(), shape.projections}, latent, layer});
+    }
   }
 }
 

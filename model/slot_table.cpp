@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kFormat = 1;
 constexpr int64_t kMaxRank = 1 << 16;
+constexpr const char* kMix = "silu";
 constexpr const char* kKindNames[] = {"expert", "constant", "latent", "removed"};
 constexpr const char* kProjections[] = {"gate_proj", "up_proj", "down_proj"};
 constexpr const char* kShortNames[] = {"gate", "up", "down"};
@@ -37,6 +38,11 @@ class LayerReader {
       shape.adapter_rank.push_back(integer(rank, "adapters", 1, kMaxRank));
     }
     if (layer_.contains("widths")) read_widths(shape);
+    if (layer_.contains("wide_adapters")) {
+      check(layer_["wide_adapters"].is_boolean(), ErrorKind::kInput, "{}: wide_adapters is {}, expected true or false",
+            where_, layer_["wide_adapters"].dump());
+      shape.wide_adapters = layer_["wide_adapters"].get<bool>();
+    }
     if (layer_.contains("borrowed")) read_borrowed(shape);
     if (layer_.contains("constants")) {
       shape.constants = integer(layer_["constants"], "constants", 1, config_.num_experts);
@@ -87,9 +93,23 @@ class LayerReader {
   void read_latents(const Json& latents, LayerShape& shape) {
     shape.latent_size = integer(member(latents, "size"), "latents.size", 1, config_.hidden_size);
     shape.projections = integer(member(latents, "projections"), "latents.projections", 1, config_.num_experts);
+    if (latents.contains("mix")) {
+      check(latents["mix"] == kMix, ErrorKind::kInput, "{}: latents.mix is {}, expected \"{}\"", where_,
+            latents["mix"].dump(), kMix);
+      shape.latent_mix = true;
+    }
+    if (latents.contains("down")) {
+      check(latents["down"].is_boolean(), ErrorKind::kInput, "{}: latents.down is {}, expected true or false", where_,
+            latents["down"].dump());
+      shape.latent_down = latents["down"].get<bool>();
+    }
+    if (latents.contains("rank")) {
+      check(shape.latent_mix, ErrorKind::kInput, "{}: latents.rank without latents.mix", where_);
+      shape.projection_rank = integer(latents["rank"], "latents.rank", 1, shape.latent_size - 1);
+    }
+    const int64_t first = shape.latent_mix ? -1 : 0, last = shape.latent_mix ? -1 : shape.projections - 1;
     for (const Json& projection : array(latents, "projection")) {
-      shape.latent_projection.push_back(
-          static_cast<int32_t>(integer(projection, "latents.projection", 0, shape.projections - 1)));
+      shape.latent_projection.push_back(static_cast<int32_t>(integer(projection, "latents.projection", first, last)));
     }
     check(
         !shape.latent_projection.empty() && shape.latent_projection.size() <= static_cast<size_t>(config_.num_experts),
@@ -189,12 +209,22 @@ LayerShape plain_layer_shape(int64_t num_slots) {
 }
 
 int64_t LayerShape::width_of_adapter(size_t adapter, int64_t full) const {
-  if (widths.empty()) return full;
+  if (widths.empty() || wide_adapters) return full;
   for (const Slot& slot : slots) {
     if (slot.adapter != static_cast<int32_t>(adapter)) continue;
     return slot.kind == SlotKind::kExpert ? widths[static_cast<size_t>(slot.expert)] : full;
   }
   return full;
+}
+
+int64_t LayerShape::projection_parameters(int64_t hidden) const {
+  const int64_t k = projection_rows();
+  return latent_matrices() * (k * hidden + (latent_size - k) * k);
+}
+
+int64_t LayerShape::latent_parameters(int64_t hidden, int64_t full) const {
+  const int64_t factors = latent_matrices() * full * latent_size;
+  return factors + (latent_down ? 0 : hidden * full) + (latent_mix ? latent_matrices() * projections : 0);
 }
 
 LayerShape shape_of(const MoeLayer& layer, int64_t full_width) {
@@ -206,15 +236,37 @@ LayerShape shape_of(const MoeLayer& layer, int64_t full_width) {
   const auto is_full = [full_width](int64_t width) { return width == full_width; };
   if (std::all_of(shape.widths.begin(), shape.widths.end(), is_full)) shape.widths.clear();
   for (const Adapter& adapter : layer.adapters) shape.adapter_rank.push_back(adapter.rank());
+  for (const Slot& slot : layer.slots) {
+    if (shape.widths.empty() || slot.kind != SlotKind::kExpert || slot.adapter < 0) continue;
+    const int64_t width = layer.adapters[static_cast<size_t>(slot.adapter)].b_gate->value.dim(0);
+    shape.wide_adapters = shape.wide_adapters || width > shape.widths[static_cast<size_t>(slot.expert)];
+  }
   if (layer.constants != nullptr) shape.constants = layer.constants->value.dim(0);
   if (layer.extension != nullptr) shape.extension = layer.extension->shape();
   shape.projections = static_cast<int64_t>(layer.projections.size());
   for (const Latent& latent : layer.latents) {
     shape.latent_projection.push_back(latent.projection);
     shape.latent_size = latent.a_gate->value.dim(1);
+    shape.latent_down = latent.a_down != nullptr, shape.latent_mix = latent.mix != nullptr;
+  }
+  if (!layer.projections.empty() && layer.projections.front().left_gate_up != nullptr) {
+    shape.projection_rank = layer.projections.front().left_gate_up->value.dim(1);
   }
   return shape;
 }
+
+namespace {
+
+Json latents_to_json(const LayerShape& shape) {
+  Json json = {
+      {"size", shape.latent_size}, {"projections", shape.projections}, {"projection", shape.latent_projection}};
+  if (shape.latent_down) json["down"] = true;
+  if (shape.latent_mix) json["mix"] = kMix;
+  if (shape.projection_rank > 0) json["rank"] = shape.projection_rank;
+  return json;
+}
+
+}  // namespace
 
 Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& method) {
   Json out = {{"format", kFormat}, {"method", method}, {"layers", Json::array()}};
@@ -236,7 +288,7 @@ Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& meth
     Json slots = {{"expert", experts}, {"adapter", adapters}};
     if (!all_experts) slots["kind"] = kinds;
     if (shape.constants > 0) slots["constant"] = constants;
-    if (!shape.latent_projection.empty()) slots["latent"] = latents;
+    if (shape.has_latents()) slots["latent"] = latents;
     Json layer = {{"experts", shape.zero_expert.size()},
                   {"zero_experts", zero},
                   {"adapters", shape.adapter_rank},
@@ -247,11 +299,9 @@ Json slot_tables_to_json(const std::vector<LayerShape>& layers, const Json& meth
     }
     if (!borrowed.empty()) layer["borrowed"] = borrowed;
     if (!shape.widths.empty()) layer["widths"] = shape.widths;
+    if (shape.wide_adapters) layer["wide_adapters"] = true;
     if (shape.constants > 0) layer["constants"] = shape.constants;
-    if (!shape.latent_projection.empty()) {
-      layer["latents"] = {
-          {"size", shape.latent_size}, {"projections", shape.projections}, {"projection", shape.latent_projection}};
-    }
+    if (shape.has_latents()) layer["latents"] = latents_to_json(shape);
     if (shape.extension.any()) layer["extension"] = extension_to_json(shape.extension);
     out["layers"].push_back(layer);
   }
@@ -289,6 +339,12 @@ std::string adapter_tensor_name(int64_t layer, int64_t adapter, ExpertMatrix mat
 std::string constants_tensor_name(int64_t layer) { return fmt::format("model.layers.{}.mlp.constants", layer); }
 std::string projection_tensor_name(int64_t layer, int64_t projection, ExpertMatrix matrix) {
   return fmt::format("model.layers.{}.mlp.projections.{}.{}", layer, projection, kShortNames[static_cast<int>(matrix)]);
+}
+std::string left_tensor_name(int64_t layer, int64_t projection, ExpertMatrix matrix) {
+  return projection_tensor_name(layer, projection, matrix) + "_left";
+}
+std::string mix_tensor_name(int64_t layer, int64_t latent) {
+  return fmt::format("model.layers.{}.mlp.latents.{}.mix", layer, latent);
 }
 std::string latent_tensor_name(int64_t layer, int64_t latent, ExpertMatrix matrix) {
   return fmt::format("model.layers.{}.mlp.latents.{}.{}", layer, latent, kShortNames[static_cast<int>(matrix)]);

@@ -8,22 +8,40 @@
 #include "runtime/error.h"
 
 namespace lightmoe {
-int64_t most_active_experts(const OlmoeConfig& config, const std::vector<LayerSummary>& layers) {
+namespace {
+
+// Of `count` latent slots that one token chose.
+ActiveExperts active_latents(const LayerSummary& layer, int64_t count, int64_t hidden) {
+  count = std::min(count, layer.latent_slots);
+  const int64_t own = count * layer.latent_parameters;
+  if (!layer.latent_mix || count == 0) {
+    const int64_t met = own + std::min(count, layer.projections) * layer.projection_parameters;
+    return {.parameters = met, .products = met};
+  }
+  const int64_t matrices = layer.latent_down ? 3 : 2;
+  return {.parameters = own + layer.projections * layer.projection_parameters,
+          .products = own + count * matrices * (layer.latent_size * hidden - layer.projections)};
+}
+
+}  // namespace
+
+ActiveExperts most_active_experts(const OlmoeConfig& config, const std::vector<LayerSummary>& layers) {
   const int64_t d = config.hidden_size, f = config.intermediate_size, k = config.num_experts_per_token;
-  int64_t active = 0;
+  ActiveExperts active;
   for (int64_t l = 0; l < config.num_layers; ++l) {
-    int64_t experts = config.num_experts, adapters = 0, rank = 0, latents = 0, m = 0, projections = 0;
+    int64_t experts = config.num_experts, adapters = 0, rank = 0;
     int64_t units = std::min(k, experts) * f;
     if (!layers.empty()) {
       const LayerSummary& layer = layers[static_cast<size_t>(l)];
       experts = layer.own + layer.shared, adapters = layer.adapters, rank = layer.largest_rank;
-      latents = layer.latent_slots, m = layer.latent_size, projections = layer.projections;
       const auto widest = std::min<std::ptrdiff_t>(k, std::ssize(layer.widths));
       units = std::accumulate(layer.widths.end() - widest, layer.widths.end(), int64_t{0});
     }
     const int64_t whole = std::min(k, experts);  // a whole expert is more than a latent one: the most there can be
-    active += units * 3 * d + std::min(k - whole, latents) * (2 * f * m + d * f) +
-              std::min(k - whole, projections) * 2 * m * d + std::min(k, adapters) * 3 * rank * (d + f);
+    ActiveExperts latents;
+    if (!layers.empty()) latents = active_latents(layers[static_cast<size_t>(l)], k - whole, d);
+    const int64_t others = units * 3 * d + std::min(k, adapters) * 3 * rank * (d + f);
+    active.parameters += others + latents.parameters, active.products += others + latents.products;
   }
   return active;
 }
@@ -57,7 +75,7 @@ std::vector<ParameterInfo> expected_parameters(const OlmoeConfig& config, const 
   return list;
 }
 
-LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width) {
+LayerSummary summarize_layer(const LayerShape& shape, const OlmoeConfig& config) {
   LayerSummary out;
   std::vector<int64_t> users(shape.zero_expert.size(), 0);
   for (const Slot& slot : shape.slots) {
@@ -73,7 +91,7 @@ LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width) {
   for (size_t e = 0; e < users.size(); ++e) {
     if (shape.zero_expert[e]) continue;
     out.borrowed += shape.stores(e) ? 0 : 1;
-    out.widths.push_back(shape.width_of(e, full_width));
+    out.widths.push_back(shape.width_of(e, config.intermediate_size));
     if (users[e] > 1)
       ++out.shared, out.sharing_slots += users[e];
     else
@@ -82,6 +100,10 @@ LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width) {
   std::sort(out.widths.begin(), out.widths.end());
   if (shape.extension.any()) out.extension = shape.extension.text();
   out.latent_size = shape.latent_size, out.projections = shape.projections;
+  out.projection_rank = shape.projection_rank;
+  out.latent_down = shape.latent_down, out.latent_mix = shape.latent_mix;
+  out.latent_parameters = shape.latent_parameters(config.hidden_size, config.intermediate_size);
+  out.projection_parameters = shape.projection_parameters(config.hidden_size);
   out.adapters = static_cast<int64_t>(shape.adapter_rank.size());
   if (out.adapters > 0) {
     const auto [low, high] = std::minmax_element(shape.adapter_rank.begin(), shape.adapter_rank.end());
@@ -97,8 +119,7 @@ ModelSummary summarize_model(const std::filesystem::path& directory) {
   out.layout = layout_name(out.config, files);
   if (out.layout == "compressed") {
     out.slot_tables = slot_tables_from_json(parse_json(out.config.lightmoe_json, name), out.config, name);
-    for (const LayerShape& shape : out.slot_tables)
-      out.layers.push_back(summarize_layer(shape, out.config.intermediate_size));
+    for (const LayerShape& shape : out.slot_tables) out.layers.push_back(summarize_layer(shape, out.config));
   }
   std::unordered_map<std::string, ParameterKind> kinds;
   for (const ParameterInfo& p : expected_parameters(out.config, files, name)) {
@@ -118,7 +139,7 @@ ModelSummary summarize_model(const std::filesystem::path& directory) {
   const auto parameters = [&](ParameterKind kind) { return out.kinds[static_cast<size_t>(kind)].parameters; };
   out.active_parameters = out.total.parameters - out.other.parameters - parameters(ParameterKind::kExpert) -
                           parameters(ParameterKind::kAdapter) - parameters(ParameterKind::kConstant) -
-                          parameters(ParameterKind::kLatent) + most_active_experts(out.config, out.layers);
+                          parameters(ParameterKind::kLatent) + most_active_experts(out.config, out.layers).parameters;
   out.has_tokenizer = std::filesystem::exists(directory / "tokenizer.json");
   out.has_marker = std::filesystem::exists(directory / ".complete");
   return out;

@@ -30,7 +30,9 @@ struct LayerSummary {    // of a compressed layer
   int64_t shared = 0;    // stored experts that several slots use
   int64_t borrowed = 0;  // of both, experts that another layer stores
   int64_t sharing_slots = 0, zero_slots = 0, removed_slots = 0, constant_slots = 0, latent_slots = 0;
-  int64_t latent_size = 0, projections = 0;
+  int64_t latent_size = 0, projections = 0, projection_rank = 0;
+  bool latent_down = false, latent_mix = false;
+  int64_t latent_parameters = 0, projection_parameters = 0;  // of one latent, of one projection
   int64_t adapters = 0, smallest_rank = 0, largest_rank = 0;
   std::string extension;        // as a text, "" without one
   std::vector<int64_t> widths;  // units of the stored experts (borrowed ones too), ascending
@@ -53,9 +55,13 @@ struct ModelSummary {
   bool has_tokenizer = false, has_marker = false;
 };
 ModelSummary summarize_model(const std::filesystem::path& directory);
-LayerSummary summarize_layer(const LayerShape& shape, int64_t full_width);
-// Parameters of the experts and adapters of all layers that one token meets when its K slots share as little as they can; no layers:
-// the stock shape.
-int64_t most_active_experts(const OlmoeConfig& config, const std::vector<LayerSummary>& layers);
+LayerSummary summarize_layer(const LayerShape& shape, const OlmoeConfig& config);
+// Of the experts and adapters of all layers, what one token meets when its K slots share as little as they can; no layers: the stock
+// shape. products: weights that its rows are multiplied with, which differ where projections are mixed: a token meets all bases and
+// multiplies with its latents' mixes.
+struct ActiveExperts {
+  int64_t parameters = 0, products = 0;
+};
+ActiveExperts most_active_experts(const OlmoeConfig& config, const std::vector<LayerSummary>& layers);
 
 }  // namespace lightmoe

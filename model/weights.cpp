@@ -17,6 +17,25 @@ ParameterPtr declared(const Shape& shape) {
   return p;
 }
 
+void declare_latents(const OlmoeConfig& c, const LayerShape& shape, MoeLayer& layer) {
+  const int64_t d = c.hidden_size, f = c.intermediate_size, m = shape.latent_size, rows = shape.projection_rows();
+  const bool low_rank = shape.projection_rank > 0, down = shape.latent_down;
+  for (int64_t i = 0; i < shape.projections; ++i) {
+    layer.projections.push_back({.gate_up = declared({2 * rows, d}),
+                                 .down = down ? declared({rows, d}) : nullptr,
+                                 .left_gate_up = low_rank ? declared({2 * (m - rows), rows}) : nullptr,
+                                 .left_down = low_rank && down ? declared({m - rows, rows}) : nullptr});
+  }
+  for (const int32_t projection : shape.latent_projection) {
+    layer.latents.push_back({.a_gate = declared({f, m}),
+                             .a_up = declared({f, m}),
+                             .down = down ? nullptr : declared({d, f}),
+                             .a_down = down ? declared({f, m}) : nullptr,
+                             .mix = shape.latent_mix ? declared({shape.latent_matrices(), shape.projections}) : nullptr,
+                             .projection = projection});
+  }
+}
+
 MoeLayer declare_layer(const OlmoeConfig& c, const LayerShape& shape) {
   MoeLayer layer{.router = declared({c.num_experts, c.hidden_size}),
                  .slots = shape.slots,
@@ -32,12 +51,7 @@ MoeLayer declare_layer(const OlmoeConfig& c, const LayerShape& shape) {
                                             : Expert{});  // zero, or filled in from the layer that stores it
   }
   if (shape.constants > 0) layer.constants = declared({shape.constants, d});
-  const int64_t m = shape.latent_size;
-  for (int64_t i = 0; i < shape.projections; ++i) layer.projections.push_back(declared({2 * m, d}));
-  for (const int32_t projection : shape.latent_projection) {
-    layer.latents.push_back(
-        {.a_gate = declared({f, m}), .a_up = declared({f, m}), .down = declared({d, f}), .projection = projection});
-  }
+  declare_latents(c, shape, layer);
   for (size_t a = 0; a < shape.adapter_rank.size(); ++a) {
     const int64_t r = shape.adapter_rank[a], w = shape.width_of_adapter(a, f);
     layer.adapters.push_back({.a_gate_up = declared({2 * r, d}),
@@ -66,12 +80,40 @@ class Collector {
     rows(second, p, half, half, keys);
   }
   void moe(int64_t l, const MoeLayer& layer, bool plain);
+  void latents(int64_t l, const MoeLayer& layer);
   std::vector<StoredTensor> take() { return std::move(list_); }
 
  private:
   std::vector<StoredTensor> list_;
   std::unordered_set<const Parameter*> experts_;  // of the layers so far
 };
+
+void Collector::latents(int64_t l, const MoeLayer& layer) {
+  constexpr ExpertMatrix kGate = ExpertMatrix::kGate, kUp = ExpertMatrix::kUp, kDown = ExpertMatrix::kDown;
+  for (size_t i = 0; i < layer.projections.size(); ++i) {
+    const Projection& p = layer.projections[i];
+    const auto part = [&](ExpertMatrix m) { return projection_tensor_name(l, static_cast<int64_t>(i), m); };
+    const auto left = [&](ExpertMatrix m) { return left_tensor_name(l, static_cast<int64_t>(i), m); };
+    const char *rows_keys = "lightmoe.latents.size or .rank, hidden_size",
+               *left_keys = "lightmoe.latents.size, lightmoe.latents.rank";
+    halves(part(kGate), part(kUp), p.gate_up, rows_keys);
+    if (p.down != nullptr) whole(part(kDown), p.down, rows_keys);
+    if (p.left_gate_up != nullptr) halves(left(kGate), left(kUp), p.left_gate_up, left_keys);
+    if (p.left_down != nullptr) whole(left(kDown), p.left_down, left_keys);
+  }
+  for (size_t i = 0; i < layer.latents.size(); ++i) {
+    const Latent& latent = layer.latents[i];
+    const auto index = static_cast<int64_t>(i);
+    const char* factor_keys = "intermediate_size, lightmoe.latents.size";
+    whole(latent_tensor_name(l, index, kGate), latent.a_gate, factor_keys);
+    whole(latent_tensor_name(l, index, kUp), latent.a_up, factor_keys);
+    if (latent.down != nullptr)
+      whole(latent_tensor_name(l, index, kDown), latent.down, "hidden_size, intermediate_size");
+    else
+      whole(latent_tensor_name(l, index, kDown), latent.a_down, factor_keys);
+    if (latent.mix != nullptr) whole(mix_tensor_name(l, index), latent.mix, "lightmoe.latents.projections");
+  }
+}
 
 void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
   whole(fmt::format("model.layers.{}.mlp.gate.weight", l), layer.router, "num_experts, hidden_size");
@@ -87,17 +129,7 @@ void Collector::moe(int64_t l, const MoeLayer& layer, bool plain) {
     whole(name(e, ExpertMatrix::kDown), expert.down, "hidden_size, intermediate_size or lightmoe.widths");
   }
   if (layer.constants != nullptr) whole(constants_tensor_name(l), layer.constants, "lightmoe.constants, hidden_size");
-  for (size_t i = 0; i < layer.projections.size(); ++i) {
-    const auto part = [&](ExpertMatrix m) { return projection_tensor_name(l, static_cast<int64_t>(i), m); };
-    halves(part(ExpertMatrix::kGate), part(ExpertMatrix::kUp), layer.projections[i],
-           "lightmoe.latents.size, hidden_size");
-  }
-  for (size_t i = 0; i < layer.latents.size(); ++i) {
-    const auto part = [&](ExpertMatrix m) { return latent_tensor_name(l, static_cast<int64_t>(i), m); };
-    whole(part(ExpertMatrix::kGate), layer.latents[i].a_gate, "intermediate_size, lightmoe.latents.size");
-    whole(part(ExpertMatrix::kUp), layer.latents[i].a_up, "intermediate_size, lightmoe.latents.size");
-    whole(part(ExpertMatrix::kDown), layer.latents[i].down, "hidden_size, intermediate_size");
-  }
+  latents(l, layer);
   for (size_t i = 0; i < layer.adapters.size(); ++i) {
     const Adapter& a = layer.adapters[i];
     const auto index = static_cast<int64_t>(i);

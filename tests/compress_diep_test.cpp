@@ -97,7 +97,7 @@ TEST(Diep, RemovesByLearnedScoresOverAllLayers) {
   Statistics bare = ground.statistics;
   bare.sample_ids.clear();
   EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, {"diep", "a sample of tokens"},
-                                  [&] { check_needs(find_method("diep"), bare); }));
+                                  [&] { check_needs(find_method("diep"), {}, bare); }));
 }
 
 // An expert that hurts is the first to go: the layer's most used one answers the wrong way round.

@@ -186,6 +186,32 @@ TEST(Ream, GroupsAroundTheSalient) {
 
 const std::vector<std::string> kAll = {"mone", "molae", "molae-whitened", "d2-moe", "naee-greedy", "ream"};
 
+// Terms of 4 slots at rank R: b_gate, b_up [F,R], a_down [R,F] are 4 * 2 R, b_down [D,R] 4 * 4 R, a_gate_up [2R,D] 4 * 8 R; the base is 24.
+TEST(D2Moe, TrainsAsMuchAsLightMoe) {
+  TinyModel tiny(1, [](int64_t, int64_t e, ExpertMatrix, int64_t row, int64_t column) {
+    return static_cast<float>(std::sin(static_cast<double>(11 * e + 3 * row + column)));
+  });
+  tiny.options.budget = {BudgetKind::kExperts, .2};  // 76 of 96: a base of 24 and rank 2 of 18 each would be 168
+  const Method& method = find_method("d2-moe");
+  Plan plan;
+  plan.layers = {table_plan(4, {{{0, 1, 2, 3}, {{0, 1, 2, 3}, {.25, .25, .25, .25}}}})};
+  for (int32_t s = 0; s < 4; ++s) {
+    plan.layers[0].shape.slots[static_cast<size_t>(s)].adapter = s;
+    plan.layers[0].shape.adapter_rank.push_back(2);
+    plan.layers[0].adapter_slot.push_back(s);
+  }
+  const auto factors_at = [&](int64_t bases, int64_t rank) {
+    tiny.options.bases = bases, tiny.options.rank = rank;
+    const MethodInput input = tiny.input();
+    return std::pair{trained_factors(method, input, plan), trainable_parameters(method, input, plan)};
+  };
+  // LightMoE with one base of 24 and rank R has 24 + 4 * 18 R.
+  EXPECT_EQ(factors_at(1, 1),
+            (std::pair<uint8_t, int64_t>{kBGate | kBUp | kBDown, 24 + 64}));  // 72 wanted: 64 and 80 as near
+  EXPECT_EQ(factors_at(1, 2), (std::pair<uint8_t, int64_t>{kAllFactors, 24 + 144}));
+  EXPECT_EQ(trained_factors(find_method("lightmoe"), tiny.input(), plan), kAllFactors);
+}
+
 TEST(Factors, IdentityAtRatioZero) {
   for (const std::string& method : kAll) testing::expect_identity_at_zero(method);
 }

@@ -142,7 +142,7 @@ TEST(Fisher, StatisticsAreKeptAddedAndAskedFor) {
   for (LayerStatistics& layer : bare.layers) layer.unit_gradient2.clear();
   EXPECT_TRUE(merge_statistics({read, bare}).layers[0].unit_gradient2.empty());
   EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, {"fisher-l", "--unit-gradients"},
-                                  [&] { check_needs(find_method("fisher-l"), bare); }));
+                                  [&] { check_needs(find_method("fisher-l"), {}, bare); }));
   bare = read;
   bare.layers[1].unit_gradient2[3] = -1;
   save_statistics(bare, where / "bad.safetensors");

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "compress/linear_algebra.h"
@@ -141,6 +142,66 @@ TEST(LightMoeFree, TheTermsAreTheResiduals) {
   EXPECT_LT(weights[0], base_weights);
   EXPECT_LT(weights[0], weights[1]);
   EXPECT_LT(outputs[1], outputs[0]);
+}
+
+// Redirected, what a group's expert stands for points to it, no row is merged or masked; one expert a layer may be left.
+TEST(Groups, RedirectedMergesTieTheirSlots) {
+  const testing::CompressionGround& ground = testing::CompressionGround::golden();
+  const testing::TempDir where;
+  const auto redirect = [](MethodOptions& o) { o.redirect = true; };
+  for (const char* method : {"ream", "diversify"}) {
+    SCOPED_TRACE(method);
+    const CompressionRecord masked = ground.compress(method, .5, where / "masked"),
+                            tied = ground.compress(method, .5, where / "tied", redirect);
+    EXPECT_EQ(tied.stored_parameters, masked.stored_parameters);
+    for (size_t l = 0; l < tied.plan.layers.size(); ++l) {
+      const LayerPlan &a = masked.plan.layers[l], &b = tied.plan.layers[l];
+      for (size_t s = 0; s < 64; ++s) {
+        ASSERT_EQ(b.shape.slots[s].kind, SlotKind::kExpert);
+        const std::vector<int32_t>& members = b.bank[static_cast<size_t>(b.shape.slots[s].expert)].experts;
+        EXPECT_NE(std::find(members.begin(), members.end(), static_cast<int32_t>(s)), members.end()) << s;
+      }
+      ASSERT_EQ(a.bank.size(), b.bank.size());
+      for (size_t j = 0; j < a.bank.size(); ++j) {
+        const auto same = [&](const BankEntry& e) { return e.experts == a.bank[j].experts; };
+        EXPECT_TRUE(std::any_of(b.bank.begin(), b.bank.end(), same)) << j;
+      }
+      const std::string router = fmt::format("model.layers.{}.mlp.gate.weight", l);
+      const Checkpoint before(ground.model), after(where / "tied");
+      EXPECT_TRUE(testing::bits_equal(before.file_of(router).read(router), after.file_of(router).read(router)));
+    }
+    EXPECT_EQ(ground.compress(method, 63. / 64, where / "one", redirect).plan.layers[0].bank.size(), 1u);
+  }
+  CompressJob job{.model = ground.model, .output = "unused", .method = "hc-smoe"};
+  job.options.redirect = true;
+  EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, {"hc-smoe takes no --redirect", "ream"},
+                                  [&] { estimate_compression(job); }));
+}
+
+// Whitened factors are as long as each other, rank by rank, as those of a plain SVD are.
+TEST(LightMoeFree, WhitenedFactorsAreBalanced) {
+  const testing::CompressionGround& ground = testing::CompressionGround::demo();
+  const OlmoeConfig config = read_config(ground.model);
+  const Checkpoint checkpoint(ground.model);
+  const ExpertSource experts(checkpoint, config);
+  MethodOptions options;
+  options.budget = {BudgetKind::kExperts, .4};
+  options.bases = 2, options.rank = 4;
+  const MethodInput input{.config = config, .statistics = ground.statistics, .options = options, .experts = &experts};
+  for (const char* method : {"lightmoe-free", "lightmoe-free-w"}) {
+    const Plan plan = find_method(method).plan(input);
+    for (const ExpertMatrix matrix : kExpertMatrices) {
+      const Tensor b = plan.computed.at(adapter_tensor_name(0, 0, matrix, true))(),
+                   a = plan.computed.at(adapter_tensor_name(0, 0, matrix, false))();
+      for (int64_t r = 0; r < 4; ++r) {
+        double bb = 0, aa = 0;
+        for (int64_t i = 0; i < b.dim(0); ++i) bb += b.data<double>()[i * 4 + r] * b.data<double>()[i * 4 + r];
+        for (const double v : testing::to_doubles(a.row(r))) aa += v * v;
+        EXPECT_NEAR(aa, bb, 1e-9 * bb) << method;
+        EXPECT_GT(bb, 0);
+      }
+    }
+  }
 }
 
 const std::vector<std::string> kAll = {"uncurl",    "diversify",     "lor-experts",

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "compress/linear_algebra.h"
 #include "compress/recover.h"
 #include "compress/svd.h"
@@ -158,6 +160,45 @@ TEST(Merging, NeedsAreNamed) {
                                   [&] { estimate_compression(job); }));
   job.method = "mergemoe";
   EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, {"mergemoe needs a sample of inputs", "--sample-inputs"},
+                                  [&] { estimate_compression(job); }));
+}
+
+// --refit is for every merge: only the down matrices of merged experts change, and methods that do not merge refuse it.
+TEST(Merging, RefitIsAnOptionOfEveryMerge) {
+  const CompressionGround& ground = CompressionGround::golden();
+  const TempDir where;
+  for (const char* method : {"m-smoe", "hc-smoe", "sub-moe", "uncurl", "ream", "diversify"}) {
+    SCOPED_TRACE(method);
+    const CompressionRecord plain = ground.compress(method, .5, where / "plain");
+    ground.compress(method, .5, where / "refit", [](MethodOptions& o) { o.refit = true; });
+    const Checkpoint a(where / "plain"), b(where / "refit");
+    ASSERT_EQ(a.names(), b.names());
+    std::set<std::string> differ, merged;
+    for (const std::string& name : a.names()) {
+      if (!testing::bits_equal(a.file_of(name).read(name), b.file_of(name).read(name))) differ.insert(name);
+    }
+    for (size_t l = 0; l < plain.plan.layers.size(); ++l) {
+      for (size_t j = 0; j < plain.plan.layers[l].bank.size(); ++j) {
+        if (plain.plan.layers[l].bank[j].experts.size() < 2) continue;
+        merged.insert(bank_tensor_name(static_cast<int64_t>(l), static_cast<int64_t>(j), ExpertMatrix::kDown));
+      }
+    }
+    EXPECT_FALSE(differ.empty());
+    for (const std::string& name : differ) EXPECT_TRUE(merged.contains(name)) << name;
+  }
+  for (const char* twice : {"m-smoe", "hc-smoe"}) {  // the flag is the variant
+    ground.compress(twice, .5, where / "flag", [](MethodOptions& o) { o.refit = true; });
+    ground.compress(std::string(twice) + "-refit", .5, where / "variant");
+    const Checkpoint a(where / "flag"), b(where / "variant");
+    for (const std::string& name : a.names())
+      EXPECT_TRUE(testing::bits_equal(a.file_of(name).read(name), b.file_of(name).read(name))) << name;
+  }
+  CompressJob job{.model = ground.model, .output = "unused", .method = "reap"};
+  job.options.refit = true;
+  EXPECT_TRUE(
+      testing::fails_with(ErrorKind::kUsage, {"reap takes no --refit", "uncurl"}, [&] { estimate_compression(job); }));
+  job.method = "uncurl";
+  EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, {"--refit needs a sample of inputs", "--sample-inputs"},
                                   [&] { estimate_compression(job); }));
 }
 

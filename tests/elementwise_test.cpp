@@ -74,12 +74,15 @@ void check_in_place() {
   in_place(Clamp{.limit = 0.5, .x = a, .y = y}, [](const Tensor& c) { return Clamp{.limit = 0.5, .x = c, .y = c}; });
   in_place(ClampBackward{.limit = 0.5, .x = a, .dy = b, .dx = y},
            [&](const Tensor& c) { return ClampBackward{.limit = 0.5, .x = c, .dy = b, .dx = c}; });
+  in_place(Silu{.x = a, .y = y}, [](const Tensor& c) { return Silu{.x = c, .y = c}; });
+  in_place(SiluBackward{.x = b, .dy = a, .dx = y},
+           [&](const Tensor& c) { return SiluBackward{.x = b, .dy = c, .dx = c}; });
   in_place(Blend{.beta = 0.3, .a = a, .b = b, .y = y},
            [&](const Tensor& c) { return Blend{.beta = 0.3, .a = c, .b = b, .y = c}; });
 }
 
 TEST(Elementwise, OutputsMayBeInputs) {
-  testing::on_each_device<Add, Scale, Clamp, ClampBackward, Blend>(check_in_place);
+  testing::on_each_device<Add, Scale, Clamp, ClampBackward, Silu, SiluBackward, Blend>(check_in_place);
 }
 
 void check_clamp_at_the_boundary() {
@@ -157,6 +160,48 @@ void check_blend_at_zero() {
 
 TEST(Elementwise, BlendAtZeroDoesNotReadTheOriginal) { testing::on_each_device<Blend>(check_blend_at_zero); }
 
+// The slope's magnitude is at most 1.1, that of what it is made of 2; sigmoid and exponential have a rounding or two of their own.
+void check_silu() {
+  for (const int64_t n : cases::elementwise) {
+    for (const DType dtype : testing::floating_dtypes()) {
+      SCOPED_TRACE(::testing::Message() << n << " " << name_of(dtype));
+      const Tensor x = random_tensor({n}, dtype, 13, 3), dy = random_tensor({n}, dtype, 14);
+      const std::vector<double> xs = to_doubles(x);
+      std::vector<double> value(xs), gradient = to_doubles(dy);
+      for (size_t i = 0; i < xs.size(); ++i) {
+        const double s = 1 / (1 + std::exp(-xs[i]));
+        value[i] = xs[i] * s, gradient[i] *= s + xs[i] * s * (1 - s);
+      }
+      const Guarded y({n}, dtype), dx({n}, dtype);
+      run(Silu{.x = x, .y = y.tensor()});
+      expect_close(y.tensor(), value, dtype, 16);
+      run(SiluBackward{.x = x, .dy = dy, .dx = dx.tensor()});
+      expect_close(dx.tensor(), gradient, dtype, 16);
+    }
+  }
+}
+
+TEST(Elementwise, SiluMatchesTheEquation) { testing::on_each_device<Silu, SiluBackward>(check_silu); }
+
+// silu(0) = 0 with slope 1/2; far to the left it vanishes instead of overflowing, NaN stays.
+void check_silu_at_the_ends() {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const Tensor x = Tensor::from<float>({0, -200, 200, nan}, {4}), dy = Tensor::from<float>({4, 4, 4, 4}, {4});
+  const Guarded y({4}, DType::kF32), dx({4}, DType::kF32);
+  run(Silu{.x = x, .y = y.tensor()});
+  run(SiluBackward{.x = x, .dy = dy, .dx = dx.tensor()});
+  const std::vector<double> ys = to_doubles(y.tensor()), dxs = to_doubles(dx.tensor());
+  EXPECT_EQ(ys[0], 0);
+  EXPECT_EQ(dxs[0], 2);
+  EXPECT_NEAR(ys[1], 0, 1e-30);
+  EXPECT_NEAR(dxs[1], 0, 1e-30);
+  EXPECT_EQ(ys[2], 200);
+  EXPECT_EQ(dxs[2], 4);
+  EXPECT_TRUE(std::isnan(ys[3]) && std::isnan(dxs[3]));
+}
+
+TEST(Elementwise, SiluAtItsEnds) { testing::on_each_device<Silu, SiluBackward>(check_silu_at_the_ends); }
+
 TEST(Elementwise, IsTheSameOnAnyThreads) {
   const Tensor a = random_tensor({100003}, DType::kF32, 11), b = random_tensor({100003}, DType::kF32, 12);
   EXPECT_TRUE(testing::same_on_any_threads([&] {
@@ -174,6 +219,8 @@ TEST(Elementwise, RefusesWrongArguments) {
   EXPECT_THROW(run(Scale{.alpha = 1, .x = c, .y = a}), Error);
   EXPECT_THROW(run(Blend{.beta = 1.5, .a = a, .b = a, .y = a}), Error);
   EXPECT_THROW(run(Clamp{.limit = -1, .x = a, .y = a}), Error);
+  EXPECT_THROW(run(Silu{.x = b, .y = a}), Error);
+  EXPECT_THROW(run(SiluBackward{.x = a, .dy = c, .dx = a}), Error);
 }
 
 }  // namespace

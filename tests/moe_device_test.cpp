@@ -16,7 +16,7 @@ using testing::random_slots;
 using testing::random_tensor;
 
 // Bases with adapters beside kept experts, kept ones with adapters, too; several ranks; all slots on one base; no adapter; a zero base;
-// shared slots without adapter (gates add); annealing; widths that divide no tile.
+// shared slots without adapter (gates add); annealing; widths that divide no tile; latents plain and mixed; adapters wider than experts.
 const std::vector<LayerSpec> kSpecs{
     {.name = "plain", .expert_of_slot = {0, 1, 2, 3, 4}},
     {.name = "two bases, two kept",
@@ -40,6 +40,25 @@ const std::vector<LayerSpec> kSpecs{
      .annealed_slots = {1, 2, 3},
      .beta = 0.5,
      .frozen_experts = {0}},
+    {.name = "latents with shared down projections",
+     .expert_of_slot = {-1, 0, -1, -1, -1},
+     .rank_of_slot = {0, 2, 0, 2, 0},
+     .projection_of_slot = {0, -1, 1, 1, 0},
+     .latent_down = true},
+    {.name = "mixed latents of low rank with adapters",
+     .expert_of_slot = {-1, -1, 0, -1, -1},
+     .rank_of_slot = {1, 0, 2, 1, 0},
+     .projection_of_slot = {0, 0, -1, 0, 0},
+     .latent_size = 5,
+     .latent_down = true,
+     .mix_of = 4,
+     .projection_rank = 2},
+    {.name = "adapters wider than their experts",
+     .expert_of_slot = {0, 1, 0, 2, 1, 3},
+     .rank_of_slot = {2, 3, 2, 2, 0, 0},
+     .frozen_experts = {2},
+     .width_of_expert = {4, 7, 4, 10},
+     .wide_adapters = true},
 };
 
 std::vector<int32_t> live_slots(const MoeLayer& layer) {

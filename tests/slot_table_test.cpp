@@ -1,7 +1,9 @@
-#include "loaders/json.h"
 #include "model/slot_table.h"
 
 #include <gtest/gtest.h>
+
+#include "loaders/json.h"
+#include "tests/support/files.h"
 
 namespace lightmoe {
 namespace {
@@ -133,6 +135,41 @@ TEST(SlotTable, EveryKindSurvivesTheRoundTrip) {
   }
   EXPECT_TRUE(read[0].stores(0));
   EXPECT_FALSE(read[1].stores(0));
+}
+
+// Latents that mix projections of low rank, down matrices as factors, and experts narrower than their adapters.
+TEST(SlotTable, MixedLatentsAndWideAdaptersSurviveTheRoundTrip) {
+  OlmoeConfig config = small_config();
+  config.hidden_size = 8;
+  std::vector<LayerShape> layers = every_kind();
+  layers[1].latent_projection = {-1, -1};
+  layers[1].latent_mix = layers[1].latent_down = true, layers[1].projection_rank = 3;
+  layers[0].widths = {2}, layers[0].wide_adapters = true;
+  layers[1].borrowed.clear();
+  const Json good = slot_tables_to_json(layers, nullptr);
+  const std::vector<LayerShape> read = slot_tables_from_json(Json::parse(good.dump()), config, "config.json");
+  EXPECT_TRUE(read[1].latent_mix && read[1].latent_down && read[0].wide_adapters);
+  EXPECT_EQ(read[1].projection_rank, 3);
+  EXPECT_EQ(read[1].latent_projection, layers[1].latent_projection);
+  EXPECT_EQ(read[0].width_of_adapter(0, 4), 4);
+  // M = 5, n = 2, K = 3, D = 8, F = 4: three matrices of 3 rows and [2,3]; factors [4,5] and three rows of coefficients.
+  EXPECT_EQ(read[1].projection_parameters(8), 3 * (3 * 8 + 2 * 3));
+  EXPECT_EQ(read[1].latent_parameters(8, 4), 3 * 4 * 5 + 3 * 2);
+  const auto refused = [&](const char* pointer, const Json& value, const char* message) {
+    Json bad = good;
+    bad[Json::json_pointer(pointer)] = value;
+    EXPECT_TRUE(testing::fails_with(ErrorKind::kInput, {message}, [&] { slot_tables_from_json(bad, config, "c"); }))
+        << pointer;
+  };
+  refused("/layers/1/latents/mix", "tanh", "latents.mix is \"tanh\", expected \"silu\"");
+  refused("/layers/1/latents/rank", 5, "expected 1 to 4");
+  refused("/layers/1/latents/projection/0", 0, "expected -1 to -1");
+  refused("/layers/1/latents/down", 1, "latents.down is 1");
+  refused("/layers/0/wide_adapters", "yes", "wide_adapters is \"yes\"");
+  Json plain = good;
+  plain["layers"][1]["latents"].erase("mix");
+  EXPECT_TRUE(testing::fails_with(ErrorKind::kInput, {"latents.rank without latents.mix"},
+                                  [&] { slot_tables_from_json(plain, config, "c"); }));
 }
 
 TEST(SlotTable, EveryKindIsChecked) {

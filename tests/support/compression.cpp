@@ -83,7 +83,8 @@ CompressionRecord CompressionGround::compress(const std::string& method, double 
   job.options.budget = {BudgetKind::kExperts, ratio};
   job.options.bases = 2, job.options.rank = 2;
   if (change) change(job.options);
-  if (find_method(method).needs != Needs::kNothing) job.statistics = directory_ / "statistics.safetensors";
+  if (find_method(method).needs != Needs::kNothing || job.options.refit)
+    job.statistics = directory_ / "statistics.safetensors";
   return compress_model(job);
 }
 
@@ -140,11 +141,11 @@ void expect_identity_at_zero(const std::string& method) {
   }
 }
 
-void expect_bytes_saved(const std::string& method, double ratio, int64_t slack_bytes) {
+void expect_bytes_saved(const std::string& method, double ratio, int64_t slack_bytes, const ChangeOptions& change) {
   SCOPED_TRACE(method);
   const CompressionGround& ground = CompressionGround::golden();
   const TempDir where;
-  const CompressionRecord record = ground.compress(method, ratio, where / "out");
+  const CompressionRecord record = ground.compress(method, ratio, where / "out", change);
   const int64_t experts = model_size(read_config(ground.model)).all_experts() * 4;
   EXPECT_LE(record.stored_bytes,
             record.original_bytes - static_cast<int64_t>(ratio * static_cast<double>(experts)) + slack_bytes);
@@ -164,22 +165,22 @@ void expect_bytes_saved(const std::string& method, double ratio, int64_t slack_b
   }
 }
 
-void expect_export_is_the_same(const std::string& method, double ratio) {
+void expect_export_is_the_same(const std::string& method, double ratio, const ChangeOptions& change) {
   SCOPED_TRACE(method);
   const CompressionGround& ground = CompressionGround::golden();
   const TempDir where;
-  ground.compress(method, ratio, where / "out");
+  ground.compress(method, ratio, where / "out", change);
   export_to_hugging_face({.model = where / "out", .output = where / "stock"});
   EXPECT_EQ(read_config(where / "stock").lightmoe_json, "");
   EXPECT_TRUE(verify_model(where / "stock").ok());
   EXPECT_TRUE(close(ground.logits(where / "stock"), to_doubles(ground.logits(where / "out")), 2e-5));
 }
 
-void expect_recovers(const std::string& method, double ratio, int64_t slack_bytes) {
+void expect_recovers(const std::string& method, double ratio, int64_t slack_bytes, const ChangeOptions& change) {
   SCOPED_TRACE(method);
   const CompressionGround& ground = CompressionGround::golden();
   const TempDir where;
-  const CompressionRecord record = ground.compress(method, ratio, where / "out");
+  const CompressionRecord record = ground.compress(method, ratio, where / "out", change);
   if (find_method(method).trainable == Trainable::kAdapters) {
     const auto target = static_cast<double>(lightmoe_trainable(model_size(read_config(ground.model)), 2, 2));
     EXPECT_NEAR(static_cast<double>(record.trainable_parameters), target, .2 * target);  // ranks are whole numbers

@@ -43,11 +43,13 @@ void expect_useful_on_demo(const std::string& method);
 void expect_identity_at_zero(const std::string& method);
 // At this ratio of the golden model's experts: file, live and recorded bytes agree and fall by at least that share of the experts
 // (less what masks, constants and the like take, given by `slack_bytes`).
-void expect_bytes_saved(const std::string& method, double ratio, int64_t slack_bytes = 0);
+using ChangeOptions = std::function<void(MethodOptions&)>;
+void expect_bytes_saved(const std::string& method, double ratio, int64_t slack_bytes = 0,
+                        const ChangeOptions& change = {});
 // Exported to a stock directory, the function is the same.
-void expect_export_is_the_same(const std::string& method, double ratio);
+void expect_export_is_the_same(const std::string& method, double ratio, const ChangeOptions& change = {});
 // A few steps on the golden model: what trains is what the record says (for adapters: LightMoE's number), the loss falls, and what is
 // saved is the same function at no more than the compressed size plus the slack.
-void expect_recovers(const std::string& method, double ratio, int64_t slack_bytes);
+void expect_recovers(const std::string& method, double ratio, int64_t slack_bytes, const ChangeOptions& change = {});
 
 }  // namespace lightmoe::testing

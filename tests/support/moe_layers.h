@@ -22,7 +22,11 @@ struct LayerSpec {
   std::vector<int32_t> constant_of_slot;    // row of the constants, -1 = not a constant; empty = none at all
   std::vector<int32_t> projection_of_slot;  // of a latent of the slot's own, -1 = not a latent; empty = none at all
   int64_t latent_size = 3;
+  bool latent_down = false;  // down matrices are factors too
+  int64_t mix_of = 0;  // latents mix this many projections (projection_of_slot then only says which slots are latents)
+  int64_t projection_rank = 0;
   std::vector<int64_t> width_of_expert;  // of bank entries; empty = all F
+  bool wide_adapters = false;            // adapters have F units whatever the expert has
 };
 
 inline void PrintTo(const LayerSpec& spec, std::ostream* out) { *out << spec.name; }
