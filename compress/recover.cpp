@@ -50,7 +50,7 @@ int64_t extension_size(const ExtensionShape& shape, const ModelSize& size) {
 
 Recovery::Recovery(const std::filesystem::path& compressed, const std::filesystem::path& base, int64_t steps,
                    const RecoveryOptions& options)
-    : compressed_(compressed), steps_(steps), options_(options), record_(read_record(compressed)) {
+    : compressed_(compressed), options_(options), record_(read_record(compressed)) {
   const Method& method = find_method(record_.method);
   annealing_ = options.annealing.value_or(Annealing{.eps = options.router_kd ? 0 : method.anneal});
   annealing_.check_valid();

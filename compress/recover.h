@@ -90,7 +90,6 @@ class Recovery {
   void choose_trainable();
 
   std::filesystem::path compressed_;
-  int64_t steps_;
   RecoveryOptions options_;
   CompressionRecord record_;
   Annealing annealing_;
