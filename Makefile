@@ -22,7 +22,7 @@ ifeq ($(origin CXX),default)
 endif
 CCACHE ?= $(shell command -v ccache 2>/dev/null)
 
-BUILD := build$(if $(filter-out release,$(MODE)),/$(MODE))$(if $(filter 1,$(CUDA)),/with-cuda)$(if $(findstring clang,$(CXX)),-clang)
+BUILD := build$(if $(filter-out release,$(MODE)),/$(MODE))$(if $(filter 1,$(CUDA)),/with-cuda)$(if $(findstring clang,$(CXX)),/clang)
 LIBRARY_DIRS := runtime kernels kernels/device/simulator autograd loaders model compress
 LIBRARY_SOURCES := $(wildcard $(addsuffix /*.cpp,$(LIBRARY_DIRS)) kernels/*.cu)
 TEST_SOURCES := $(wildcard tests/*.cpp tests/*.cu tests/support/*.cpp)

@@ -63,7 +63,8 @@ inline Example command_example(Philox& rng) {
     answer += " " + values.back();
   }
   const std::string core = fmt::format(fmt::runtime(pick(command.wordings, rng)), values[0], values.back());
-  return {.prompt = "Say: " + pick(starts, rng) + core + pick(ends, rng) + "\nIntent:", .completion = answer};
+  const std::string &end = pick(ends, rng), &start = pick(starts, rng);
+  return {.prompt = "Say: " + start + core + end + "\nIntent:", .completion = answer};
 }
 
 }  // namespace lightmoe::demo

@@ -41,6 +41,8 @@ inline std::string house_sentence(Philox& rng) {
   static const std::vector<std::string> states = {"new",   "old",   "dark",  "bright", "loud", "cool",
                                                   "quiet", "dirty", "clean", "open",   "hot",  "closed"};
   static const std::vector<std::string> others = {"lock", "unlock", "heat", "clean", "buy", "play", "cool"};
+  static const std::vector<std::string> ups = {"on", "up"}, downs = {"off", "down"};
+  // NOTE: every draw is a statement: compilers differ in the order of a call's arguments.
   const std::string &room = pick(slot_values("room"), rng), &thing = pick(things, rng), &state = pick(states, rng);
   switch (rng.below(8)) {
     case 0:
@@ -49,20 +51,24 @@ inline std::string house_sentence(Philox& rng) {
       return fmt::format("The {} will be {} {}.", room, state, pick(slot_values("day"), rng));
     case 2:
       return fmt::format("They heard {} music from the {}.", pick(slot_values("genre"), rng), room);
-    case 3:
-      return fmt::format("There was {} and {} beside the {}.", pick(slot_values("item"), rng),
-                         pick(slot_values("item"), rng), thing);
-    case 4:
-      return fmt::format("Behind the {} door they {} and {}.", pick(slot_values("door"), rng), pick(others, rng),
-                         pick(others, rng));
+    case 3: {
+      const std::string &last = pick(slot_values("item"), rng), &first = pick(slot_values("item"), rng);
+      return fmt::format("There was {} and {} beside the {}.", first, last, thing);
+    }
+    case 4: {
+      const std::string &last = pick(others, rng), &first = pick(others, rng), &door = pick(slot_values("door"), rng);
+      return fmt::format("Behind the {} door they {} and {}.", door, first, last);
+    }
     case 5:
       return fmt::format("The {} weather was {} {}.", room, state, pick(slot_values("day"), rng));
-    case 6:
-      return fmt::format("A {} goes {} and another goes {}.", thing, pick<std::string>({"on", "up"}, rng),
-                         pick<std::string>({"off", "down"}, rng));
-    default:
-      return fmt::format("It had {} degrees in the {} for {} minutes.", pick(slot_values("value"), rng), room,
-                         pick(slot_values("minutes"), rng));
+    case 6: {
+      const std::string &last = pick(downs, rng), &first = pick(ups, rng);
+      return fmt::format("A {} goes {} and another goes {}.", thing, first, last);
+    }
+    default: {
+      const std::string &minutes = pick(slot_values("minutes"), rng), &degrees = pick(slot_values("value"), rng);
+      return fmt::format("It had {} degrees in the {} for {} minutes.", degrees, room, minutes);
+    }
   }
 }
 
