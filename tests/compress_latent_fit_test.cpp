@@ -288,7 +288,8 @@ TEST(MixedLatents, ExportsWithAdaptersAsWell) {
 }
 TEST(MixedLatents, Recover) { testing::expect_recovers("slbf", .25, 1 << 20, few_steps); }
 TEST(MixedLatents, DemoLoss) {
-  for (const std::string& method : kMixed) testing::expect_useful_on_demo(method);
+  const auto steps = [](MethodOptions& o) { o.latent.fit_steps = 30; };
+  for (const std::string& method : kMixed) testing::expect_useful_on_demo(method, steps);
 }
 
 // What the planner says is what is loaded; a token multiplies with its latents' mixes, not with the bases.

@@ -114,11 +114,11 @@ Tensor CompressionGround::logits(const fs::path& directory) const {
   return m->logits(m->forward(make_batch(document.ids, 1, static_cast<int64_t>(document.ids.size())), {}), {});
 }
 
-void expect_useful_on_demo(const std::string& method) {
+void expect_useful_on_demo(const std::string& method, const ChangeOptions& change) {
   SCOPED_TRACE(method);
   const CompressionGround& ground = CompressionGround::demo();
   const TempDir where;
-  const CompressionRecord record = ground.compress(method, .25, where / "out");
+  const CompressionRecord record = ground.compress(method, .25, where / "out", change);
   static const double original = ground.loss(ground.model);
   const double loss = ground.loss(where / "out"), guess = std::log(1024.0);
   ::testing::Test::RecordProperty("demo_loss", std::to_string(loss));

@@ -36,14 +36,15 @@ class CompressionGround {
   TempDir directory_;
 };
 
+using ChangeOptions = std::function<void(MethodOptions&)>;
+
 // Mean cross-entropy of the demo model, compressed by the method at 25 % of its experts: printed, and nearer to the original's than to
 // a guess's (ln V).
-void expect_useful_on_demo(const std::string& method);
+void expect_useful_on_demo(const std::string& method, const ChangeOptions& change = {});
 // At ratio 0 the tensors are those of the original, under their own names.
 void expect_identity_at_zero(const std::string& method);
 // At this ratio of the golden model's experts: file, live and recorded bytes agree and fall by at least that share of the experts
 // (less what masks, constants and the like take, given by `slack_bytes`).
-using ChangeOptions = std::function<void(MethodOptions&)>;
 void expect_bytes_saved(const std::string& method, double ratio, int64_t slack_bytes = 0,
                         const ChangeOptions& change = {});
 // Exported to a stock directory, the function is the same.
