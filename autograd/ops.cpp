@@ -3,7 +3,7 @@
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
 #include "kernels/rms_norm.h"
-#include "kernels/router.h"
+#include "kernels/router_dispatch.h"
 #include "kernels/swiglu.h"
 
 namespace lightmoe {
@@ -217,24 +217,30 @@ Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Attent
   return out;
 }
 
-Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& removed, int64_t top_k,
-               bool renormalize) {
+Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& removed, int64_t top_k, bool renormalize,
+               const DispatchGroups* groups) {
   const int64_t tokens = x.value.dim(0), slots = w->value.dim(0);
   const DType dtype = x.value.dtype();
   const bool needs = x.needs_grad() || w->trainable;
   Routing r{.slots = Tensor::empty({tokens, top_k}, DType::kI32),
             .logits = Tensor::empty({tokens, slots}, dtype),
             .probs = Tape::output(Tensor::empty({tokens, slots}, dtype), needs),
-            .gates = Tape::output(Tensor::empty({tokens, top_k}, dtype), needs)};
-  run(Router{.x = x.value,
-             .w = w->value,
-             .removed = removed,
-             .top_k = top_k,
-             .renormalize = renormalize,
-             .logits = r.logits,
-             .probs = r.probs.value,
-             .slots = r.slots,
-             .gates = r.gates.value});
+            .gates = Tape::output(Tensor::empty({tokens, top_k}, dtype), needs),
+            .plan = {}};
+  const Router op{.x = x.value,
+                  .w = w->value,
+                  .removed = removed,
+                  .top_k = top_k,
+                  .renormalize = renormalize,
+                  .logits = r.logits,
+                  .probs = r.probs.value,
+                  .slots = r.slots,
+                  .gates = r.gates.value};
+  if (groups != nullptr) {
+    r.plan = run_router_dispatch(op, groups->group_of_slot, groups->num_groups);
+  } else {
+    run(op);
+  }
   if (!tape.wants(r.gates)) return r;
   tape.record([x = Saved(x), dx = x.grad, w, probs = r.probs, gates = r.gates, slots = r.slots, renormalize] {
     RouterBackward op{.x = x.get(),

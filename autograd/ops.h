@@ -4,8 +4,11 @@
 // Frozen weights get neither gradient memory nor a product; inputs without gradient get no dX product.
 // Losses are the roots of backward: they return the loss and put `scale` times its gradient into their input and weights.
 
+#include <optional>
+
 #include "autograd/tape.h"
 #include "kernels/attention.h"
+#include "kernels/dispatch_plan.h"
 #include "kernels/gemm.h"
 #include "kernels/qk_norm_rope.h"
 
@@ -42,8 +45,15 @@ Var attention(Tape& tape, const Var& q, const Var& k, const Var& v, const Attent
 struct Routing {
   Tensor slots, logits;
   Var probs, gates;
+  std::optional<DispatchPlan> plan;
 };
-Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& removed, int64_t top_k, bool renormalize);
+// groups: make the plan of the choice too (kernels/router_dispatch.h).
+struct DispatchGroups {
+  const std::vector<int32_t>& group_of_slot;
+  int64_t num_groups;
+};
+Routing router(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor& removed, int64_t top_k, bool renormalize,
+               const DispatchGroups* groups = nullptr);
 
 // A loss as it stands on the device. value() waits for it: a step queues its backward first.
 struct Loss {

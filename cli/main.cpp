@@ -11,9 +11,11 @@
 
 #include "cli/config_file.h"
 #include "cli/verb.h"
+#include "kernels/dispatch_plan.h"
 #include "kernels/gemm_plugin.h"
 #include "kernels/gemm_tuning.h"
 #include "loaders/json.h"
+#include "model/moe_op.h"
 #include "runtime/device.h"
 #include "runtime/error.h"
 #include "runtime/nearest.h"
@@ -33,6 +35,7 @@ int exit_code_on_success = 0;
 // Options of every verb.
 struct Common {
   std::string config, device = "cpu", gemm = "auto", trace, profile_steps, gemm_tuning;
+  std::string base_once = "on", moe_fused = "auto", dispatch_sort = "counting";
   int threads = 0;
   uint64_t max_gpu_memory = 0;
   bool print_config = false, log_json = false, gemm_picks = false, nvtx = false, gemm_tune = false;
@@ -55,10 +58,41 @@ void add_common(Flags& app, Common& common) {
   app.add_option("--gemm-tuning", common.gemm_tuning, "file of measured choices between GEMM backends")->group(group);
   app.add_flag("--gemm-tune", common.gemm_tune, "measure shapes that the file does not know, and write it")
       ->group(group);
+  app.add_option("--base-once", common.base_once,
+                 "on: a stored expert runs once for each token; off: for every slot that points to it, to compare")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--moe-fused", common.moe_fused, "experts in few kernels: auto (on but on the CPU), on, off")
+      ->group(group)
+      ->capture_default_str();
+  app.add_option("--dispatch-sort", common.dispatch_sort,
+                 "of tokens by expert on sim and cuda: counting, radix, cub (cuda)")
+      ->group(group)
+      ->capture_default_str();
   app.add_option("--trace", common.trace, "write a timeline (Chrome-trace JSON) to this file")->group(group);
   app.add_flag("--nvtx", common.nvtx, "name ranges for Nsight (on by itself under nsys)")->group(group);
   app.add_option("--profile-steps", common.profile_steps, "trace and profile steps A:B alone")->group(group);
   app.add_flag("--log-json", common.log_json, "errors as one JSON object on stderr")->group(group);
+}
+
+// Which of the names an option's value is; an error lists them.
+size_t one_of(const char* option, const std::string& value, const std::vector<std::string>& names) {
+  const auto found = std::find(names.begin(), names.end(), value);
+  std::string all;
+  for (const std::string& name : names) all += (all.empty() ? "" : ", ") + name;
+  check(found != names.end(), ErrorKind::kUsage, "{} {}: expected one of {}", option, value, all);
+  return static_cast<size_t>(found - names.begin());
+}
+
+void apply_execution(const Common& common, DeviceKind device) {
+  constexpr MoeFusion fusions[] = {MoeFusion::kAutomatic, MoeFusion::kOn, MoeFusion::kOff};
+  set_moe_execution({.base_once = one_of("--base-once", common.base_once, {"on", "off"}) == 0,
+                     .fused = fusions[one_of("--moe-fused", common.moe_fused, {"auto", "on", "off"})]});
+  constexpr DispatchSort sorts[] = {DispatchSort::kCounting, DispatchSort::kRadix, DispatchSort::kCub};
+  const DispatchSort sort = sorts[one_of("--dispatch-sort", common.dispatch_sort, {"counting", "radix", "cub"})];
+  check(sort != DispatchSort::kCub || device == DeviceKind::kCuda, ErrorKind::kUsage,
+        "--dispatch-sort cub: with --device cuda only, not with {}", name_of(device));
+  set_dispatch_sort(sort);
 }
 
 void apply_common(const Common& common) {
@@ -67,6 +101,7 @@ void apply_common(const Common& common) {
         common.device);
   set_default_device(device);
   set_device_memory_limit(static_cast<int64_t>(common.max_gpu_memory));
+  apply_execution(common, device);
   check(common.threads >= 0 && common.threads <= 4096, ErrorKind::kUsage, "--threads {}: expected 0 to 4096",
         common.threads);
   if (common.threads > 0) omp_set_num_threads(common.threads);

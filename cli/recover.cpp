@@ -48,7 +48,7 @@ RecoveryOptions recovery_options(const Options& o, const OlmoeConfig& config, do
 void dry_run(const Options& o, const RecoveryOptions& options, const TrainerOptions& t, DType saved) {
   const TrainingFlags& f = o.training;
   const RecoveryEstimate e =
-      estimate_recovery(o.compressed, options, saved, f.stream.rows * f.stream.length, t.recompute);
+      estimate_recovery(o.compressed, options, saved, f.stream.rows * f.stream.length, t.recompute, t.compute);
   fmt::print("{}", to_text(e.training));
   if (e.original_bytes > 0) {
     fmt::print("originals       {} until step {:.0f} (annealing)\n", format_bytes(e.original_bytes),
@@ -103,6 +103,9 @@ void run_recover(Options& o) {
   }
   DataStream data = open_data(f, config, tokenizer.get());
   const std::vector<Document> eval_documents = open_eval_data(f, config, tokenizer.get());
+  const RecoveryEstimate estimate =
+      estimate_recovery(o.compressed, options, saved, f.stream.rows * f.stream.length, t.recompute, t.compute);
+  require_room_for_training(estimate.training, 0, estimate.original_bytes);
   OutputDirectory output(f.out, f.force, {fs::path(o.compressed), fs::path(o.base)});
   Recovery recovery(o.compressed, o.base, t.steps, options);
   t.fingerprint = recovery.fingerprint();

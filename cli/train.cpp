@@ -73,13 +73,14 @@ void run_train(Options& o) {
   Olmoe& model = *loaded.model;
   extend(model, o.extension, f.stream.seed);
   select_trainable(model.parameters(), o.train_only, o.freeze);
-  const TrainingEstimate estimate =
-      estimate_training(config, model.parameters(), f.stream.rows * f.stream.length, t.recompute);
+  const TrainingEstimate estimate = estimate_training(config, model.parameters(), f.stream.rows * f.stream.length,
+                                                      t.recompute, StepExecution::of_this_process(t.compute));
   if (f.dry_run) {
     fmt::print("{}steps           {} of {} tokens\n", to_text(estimate), t.steps,
                t.accumulate * f.stream.rows * f.stream.length);
     return;
   }
+  require_room_for_training(estimate, estimate.fixed.weight_bytes);
   t.fingerprint["model"] = model_hash(o.model.path);
   if (!o.extension.extend.empty()) t.fingerprint["extension"] = o.extension.extend + " " + o.extension.clusters;
   if (o.sparsity_coef != 0) t.fingerprint["sparsity"] = fmt::format("{:g}", o.sparsity_coef);

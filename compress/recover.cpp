@@ -326,7 +326,8 @@ void Recovery::save(const std::filesystem::path& directory, DType dtype, const J
 }
 
 RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, const RecoveryOptions& options,
-                                   DType saved_dtype, int64_t tokens_per_pass, Recompute recompute) {
+                                   DType saved_dtype, int64_t tokens_per_pass, Recompute recompute,
+                                   GemmCompute compute) {
   const CompressionRecord record = read_record(compressed);
   const Method& method = find_method(record.method);
   OlmoeConfig config = read_config(compressed);
@@ -345,7 +346,8 @@ RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, cons
   for (const ParameterPtr& p : model->parameters()) {
     if (!p->trainable) p->value = Tensor::borrow(nullptr, p->value.shape(), options.dtype);
   }
-  estimate.training = estimate_training(config, model->parameters(), tokens_per_pass, recompute);
+  estimate.training = estimate_training(config, model->parameters(), tokens_per_pass, recompute,
+                                        StepExecution::of_this_process(compute));
   const ModelSize size = model_size(config);
   const Annealing annealing = options.annealing.value_or(Annealing{.eps = options.router_kd ? 0 : method.anneal});
   const bool svd = record.options.adapter_init != AdapterInit::kGaussian;

@@ -113,6 +113,7 @@ struct RecoveryEstimate {
   int64_t stored_parameters = 0, stored_bytes = 0;  // of what will be written
 };
 RecoveryEstimate estimate_recovery(const std::filesystem::path& compressed, const RecoveryOptions& options,
-                                   DType saved_dtype, int64_t tokens_per_pass, Recompute recompute);
+                                   DType saved_dtype, int64_t tokens_per_pass, Recompute recompute,
+                                   GemmCompute compute = GemmCompute::kF32);
 
 }  // namespace lightmoe

@@ -40,7 +40,7 @@ void chain(const AdapterChain& op) {
   using C = compute_t<T>;
   const int64_t width = op.s.dim(1);
   std::vector<C> sums(static_cast<size_t>(op.s.numel()), 0);
-  for_each_adapter(op.plan, op.adapters, [&](size_t position, const PairRange& pairs) {
+  for_each_adapter(op.plan, op.done, [&](size_t position, const PairRange& pairs) {
     const FactorRows<T> b_gate(op.adapters.b_gate[position]), b_up(op.adapters.b_up[position]),
         a_down(op.adapters.a_down[position]);
     parallel_for(pairs.begin, pairs.end, 4, [&](int64_t begin, int64_t end) {
@@ -56,7 +56,7 @@ void chain(const AdapterChain& op) {
       }
     });
   });
-  for (int64_t i = 0; i < op.s.numel(); ++i) store(op.s.data<T>(), i, sums[static_cast<size_t>(i)]);
+  store_visits<T>(op.plan, op.done, sums, op.s);
 }
 
 // c[f] = ds[f] + (A_down^T e)[f]
@@ -75,7 +75,7 @@ void chain_backward(const AdapterChainBackward& op) {
   using C = compute_t<T>;
   const int64_t width = op.ds.dim(1);
   std::vector<C> sums(static_cast<size_t>(op.ds.numel()), 0), dh0(static_cast<size_t>(op.dh0.numel()), 0);
-  for_each_adapter(op.plan, op.adapters, [&](size_t position, const PairRange& pairs) {
+  for_each_adapter(op.plan, op.done, [&](size_t position, const PairRange& pairs) {
     const FactorRows<T> b_gate(op.adapters.b_gate[position]), b_up(op.adapters.b_up[position]),
         a_down(op.adapters.a_down[position]);
     parallel_for(pairs.begin, pairs.end, 4, [&](int64_t begin, int64_t end) {
@@ -105,8 +105,8 @@ void chain_backward(const AdapterChainBackward& op) {
       }
     });
   });
-  for (int64_t i = 0; i < op.dh0.numel(); ++i) store(op.dh0.data<T>(), i, dh0[static_cast<size_t>(i)]);
-  for (int64_t i = 0; op.s.defined() && i < op.s.numel(); ++i) store(op.s.data<T>(), i, sums[static_cast<size_t>(i)]);
+  store_visits<T>(op.plan, op.done, dh0, op.dh0);
+  if (op.s.defined()) store_visits<T>(op.plan, op.done, sums, op.s);
 }
 
 // Sums of one slot's three gradients.
@@ -131,7 +131,7 @@ template <class T>
 void gradients(const AdapterGradients& op) {
   using C = compute_t<T>;
   const int64_t width = op.ds.dim(1);
-  for_each_adapter(op.plan, op.adapters, [&](size_t position, const PairRange& pairs) {
+  for_each_adapter(op.plan, {}, [&](size_t position, const PairRange& pairs) {
     const int64_t rank = op.adapters.rank(position);
     if (rank == 0) return;
     const FactorRows<T> b_gate(op.adapters.b_gate[position]), b_up(op.adapters.b_up[position]),
@@ -182,6 +182,18 @@ int64_t check_chain(const char* name, const DispatchPlan& plan, const AdapterMat
   require_tensor(gates, name, "gates", plan.index_pair.shape(), accumulator_of(h0.dtype()));
   return rank;
 }
+void check_done(const char* name, const DispatchPlan& plan, const AdapterMatrices& adapters,
+                const std::vector<uint8_t>& done) {
+  require(done.empty() || done.size() + 1 == plan.group_positions.size(), "{}: {} groups are marked of {}", name,
+          done.size(), plan.group_positions.size() - 1);
+  for (size_t g = 0; g < done.size(); ++g) {
+    for (auto i = static_cast<size_t>(plan.group_positions[g]); i < static_cast<size_t>(plan.group_positions[g + 1]);
+         ++i) {
+      require(done[g] == 0 || adapters.rank(i) == 0, "{}: group {} is done, and slot {} of it has an adapter", name, g,
+              plan.slot_order[i]);
+    }
+  }
+}
 
 }  // namespace
 
@@ -189,6 +201,7 @@ void run(const AdapterChain& op) {
   const int64_t rank = check_chain("adapter_chain", op.plan, op.adapters, op.h0, op.u, op.gates);
   require_tensor(op.s, "adapter_chain", "s", {op.plan.num_visits, op.h0.dim(1) / 2}, op.h0.dtype());
   if (rank > 0) require_tensor(op.w, "adapter_chain", "w", {op.plan.num_pairs, rank}, op.h0.dtype());
+  check_done("adapter_chain", op.plan, op.adapters, op.done);
   dispatch(op, op.h0.device(), "adapter_chain");
 }
 
@@ -204,6 +217,7 @@ void run(const AdapterChainBackward& op) {
     require_tensor(op.e, kName, "e", {op.plan.num_pairs, rank}, dtype);
     require_tensor(op.du, kName, "du", op.u.shape(), dtype);
   }
+  check_done(kName, op.plan, op.adapters, op.done);
   dispatch(op, op.h0.device(), kName);
 }
 

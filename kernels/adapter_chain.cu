@@ -35,7 +35,7 @@ template <class E, class W>
 __global__ void __launch_bounds__(kTileThreads, 1)
     adapter_chain_kernel(const __grid_constant__ ChainPlan p, const E* h0, const E* u, E* s, float* parts) {
   auto& shared = shared_memory<ChainShared<E>>();
-  const GroupTile tile = find_group_tile(p.group_offsets, p.groups, static_cast<int>(blockIdx.x));
+  const GroupTile tile = find_group_tile(p, static_cast<int>(blockIdx.x));
   if (tile.count == 0) return;  // the whole block
   const int first_slot = p.group_positions[tile.group], last_slot = p.group_positions[tile.group + 1];
   find_ranges(shared.ranges, p.pair_visit, p.slot_offsets, first_slot, last_slot, tile.first, tile.count);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
 template <class E, class W>
 void chain(const AdapterChain& op) {
-  ChainPlan p = chain_plan(op.plan, op.adapters, op.h0, op.gates);
+  ChainPlan p = chain_plan(op.plan, op.adapters, op.h0, op.gates, op.done);
   const uint32_t tiles = group_tiles(op.plan.num_visits, p.groups);
   const int parts = parts_of(p, tiles);
   const MemoryScope scope(MemoryCategory::kScratch);

@@ -12,6 +12,7 @@
 //   V, P the plan's rows; b_gate, b_up [F,R], a_down [R,F], one entry for each of plan.slot_order.
 // dtypes: rows of one type T, f32, bf16 or (cpu) f64; matrices of one type, f32, bf16 or T; gates, gradients and y f32 (f64); y may be T.
 //   With T = bf16 every factor is rounded to bf16 (a before A_down, dh before B^T); sums in f32 (f64), s and dh0 rounded once.
+// done [G] or empty: groups marked by 1 have no adapters, and nothing of them is computed: the products' epilogues have done it (gemm.h).
 // writes: '=' (dgates: '=' where a pair names an entry); gradients by their beta. Rows of no visit or pair are not touched. Deterministic.
 // FLOPs per pair: forward 6 F R, backward 12 F R, gradients 14 F R; combine 2 D K. Bytes: h0 once per pair, s once per visit.
 
@@ -34,12 +35,14 @@ struct AdapterChain {
   const AdapterMatrices& adapters;
   Tensor h0, u, gates;  // u undefined when no slot has an adapter
   Tensor s, w;          // w undefined with u
+  std::vector<uint8_t> done = {};
 };
 struct AdapterChainBackward {
   const DispatchPlan& plan;
   const AdapterMatrices& adapters;
   Tensor h0, u, gates, ds, e;
   Tensor dh0, du, dgates, s;  // s may be undefined
+  std::vector<uint8_t> done = {};
 };
 struct AdapterGradients {
   const DispatchPlan& plan;

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
 template <class E, class W>
 void gradients(const AdapterGradients& op) {
-  const ChainPlan p = chain_plan(op.plan, op.adapters, op.h0, op.gates);
+  const ChainPlan p = chain_plan(op.plan, op.adapters, op.h0, op.gates, {});
   GradientTargets to{};
   const auto fill = [&](float*(&targets)[kMaxSlots], const std::vector<Tensor>& tensors) {
     for (size_t i = 0; i < tensors.size(); ++i) targets[i] = tensors[i].defined() ? tensors[i].data<float>() : nullptr;

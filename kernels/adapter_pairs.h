@@ -20,11 +20,30 @@ struct PairPlace {
         token(plan.pair_token.data<int32_t>()[p]) {}
 };
 
-// f(position, its pairs), positions in order. The pairs of one position are of different visits.
+// f(position, its pairs), positions in order, without those of groups that are done. The pairs of one position are of different visits.
 template <class F>
-void for_each_adapter(const DispatchPlan& plan, const AdapterMatrices&, F&& f) {
+void for_each_adapter(const DispatchPlan& plan, const std::vector<uint8_t>& done, F&& f) {
   const int32_t* offsets = plan.slot_offsets.data<int32_t>();
-  for (size_t i = 0; i < plan.slot_order.size(); ++i) f(i, PairRange{offsets[i], offsets[i + 1]});
+  for (size_t g = 0; g + 1 < plan.group_positions.size(); ++g) {
+    if (!done.empty() && done[g] != 0) continue;
+    for (auto i = static_cast<size_t>(plan.group_positions[g]); i < static_cast<size_t>(plan.group_positions[g + 1]);
+         ++i) {
+      f(i, PairRange{offsets[i], offsets[i + 1]});
+    }
+  }
+}
+// rows = sums [V, columns] rounded, without those of groups that are done.
+template <class T>
+void store_visits(const DispatchPlan& plan, const std::vector<uint8_t>& done, const std::vector<compute_t<T>>& sums,
+                  const Tensor& rows) {
+  const int32_t* offsets = plan.group_offsets.data<int32_t>();
+  const int64_t columns = rows.dim(1);
+  for (size_t g = 0; g + 1 < plan.group_positions.size(); ++g) {
+    if (!done.empty() && done[g] != 0) continue;
+    for (int64_t i = offsets[g] * columns; i < offsets[g + 1] * columns; ++i) {
+      store(rows.data<T>(), i, sums[static_cast<size_t>(i)]);
+    }
+  }
 }
 
 template <class T>

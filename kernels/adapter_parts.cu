@@ -27,14 +27,28 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
   out[at] = from_float<T>(p.gates != nullptr ? p.gates[p.pair_index[pair]] * sum : sum);
 }
 
+// Whether the pair's group is left alone: the last one whose positions' pairs begin at or before it.
+DEVICE_FN bool of_done_group(const ChainPlan& p, int64_t pair) {
+  int low = 0, high = p.groups;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (p.slot_offsets[p.group_positions[middle]] <= pair) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return is_done(p, low - 1);
+}
+
 // dgates[pair_index[p]] = sum over the parts of parts[., p].
-__global__ void __launch_bounds__(kThreads) add_gate_parts_kernel(const float* parts, const int32_t* pair_index,
-                                                                  float* dgates, int num_parts, int64_t num_pairs) {
+__global__ void __launch_bounds__(kThreads)
+    add_gate_parts_kernel(const __grid_constant__ ChainPlan p, const float* parts, float* dgates, int num_parts) {
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (pair >= num_pairs || pair_index[pair] < 0) return;
+  if (pair >= p.num_pairs || p.pair_index[pair] < 0 || of_done_group(p, pair)) return;
   float sum = 0;
-  for (int i = 0; i < num_parts; ++i) sum += parts[i * num_pairs + pair];
-  dgates[pair_index[pair]] = sum;
+  for (int i = 0; i < num_parts; ++i) sum += parts[i * p.num_pairs + pair];
+  dgates[p.pair_index[pair]] = sum;
 }
 
 }  // namespace
@@ -59,8 +73,8 @@ void add_parts(const DispatchPlan& plan, const ChainPlan& chain, const Tensor& p
 
 void add_gate_parts(const ChainPlan& p, const Tensor& parts, const Tensor& dgates) {
   launch<add_gate_parts_kernel>(
-      {.blocks = {static_cast<uint32_t>(ceil_div(p.num_pairs, kThreads))}, .threads = {kThreads}}, parts.data<float>(),
-      p.pair_index, dgates.data<float>(), static_cast<int>(parts.dim(0)), p.num_pairs);
+      {.blocks = {static_cast<uint32_t>(ceil_div(p.num_pairs, kThreads))}, .threads = {kThreads}}, p,
+      parts.data<float>(), dgates.data<float>(), static_cast<int>(parts.dim(0)));
 }
 
 DType type_of(const AdapterMatrices& adapters) {
@@ -78,7 +92,8 @@ int parts_of(ChainPlan& p, uint32_t tiles) {
   return std::max(1, ceil_div(chunks, p.chunks_of_part));
 }
 
-ChainPlan chain_plan(const DispatchPlan& plan, const AdapterMatrices& adapters, const Tensor& h0, const Tensor& gates) {
+ChainPlan chain_plan(const DispatchPlan& plan, const AdapterMatrices& adapters, const Tensor& h0, const Tensor& gates,
+                     const std::vector<uint8_t>& done) {
   check_chain_sizes("adapter_chain", plan);
   ChainPlan p{.pair_visit = plan.pair_visit.data<int32_t>(),
               .pair_index = plan.pair_index.data<int32_t>(),
@@ -93,12 +108,14 @@ ChainPlan chain_plan(const DispatchPlan& plan, const AdapterMatrices& adapters, 
               .ranks_aligned = true,
               .width_aligned = h0.dim(1) % 16 == 0,
               .num_pairs = plan.num_pairs,
+              .done = {},
               .group_positions = {},
               .rank = {},
               .b_gate = {},
               .b_up = {},
               .a_down = {}};
   std::copy(plan.group_positions.begin(), plan.group_positions.end(), p.group_positions);
+  for (size_t g = 0; g < done.size(); ++g) p.done[g / 32] |= static_cast<uint32_t>(done[g]) << g % 32;
   for (size_t i = 0; i < plan.slot_order.size(); ++i) {
     const int rank = static_cast<int>(adapters.rank(i));
     p.rank[i] = static_cast<int16_t>(rank);

@@ -24,6 +24,7 @@ struct ChainPlan {
   bool pairs_together;                // two elements of h0, s, ds, dh0 in one access
   bool ranks_aligned, width_aligned;  // rows of B, of A_down in accesses of 16 bytes
   int64_t num_pairs;
+  uint32_t done[kMaxSlots / 32];  // bits of groups that are left alone
   int16_t group_positions[kMaxSlots + 1], rank[kMaxSlots];
   const void *b_gate[kMaxSlots], *b_up[kMaxSlots], *a_down[kMaxSlots];
 };
@@ -33,7 +34,8 @@ inline void check_chain_sizes(const char* op, const DispatchPlan& plan) {
         ErrorKind::kDevice, "{}: {} slots in {} groups, on {} at most {} each", op, plan.slot_order.size(),
         plan.group_positions.size() - 1, name_of(kDevice), kMaxChainSlots);
 }
-ChainPlan chain_plan(const DispatchPlan& plan, const AdapterMatrices& adapters, const Tensor& h0, const Tensor& gates);
+ChainPlan chain_plan(const DispatchPlan& plan, const AdapterMatrices& adapters, const Tensor& h0, const Tensor& gates,
+                     const std::vector<uint8_t>& done);
 DType type_of(const AdapterMatrices& adapters);  // f32 where there are none
 // Shares F between blocks and returns in how many parts.
 int parts_of(ChainPlan& p, uint32_t tiles);
@@ -42,15 +44,18 @@ void add_parts(const DispatchPlan& plan, const ChainPlan& chain, const Tensor& p
                const Tensor& out);
 void add_gate_parts(const ChainPlan& p, const Tensor& parts, const Tensor& dgates);
 
+DEVICE_FN bool is_done(const ChainPlan& p, int group) { return (p.done[group / 32] >> group % 32 & 1) != 0; }
+
 // A tile of a group's rows: visits [first, first + count).
 struct GroupTile {
   int group, first, count;
 };
 // Tile `index` of tiles of kTileRows rows, groups one after the other; count 0 behind the last. All lanes of a warp must call.
-DEVICE_FN GroupTile find_group_tile(const int32_t* offsets, int groups, int index) {
+DEVICE_FN GroupTile find_group_tile(const ChainPlan& p, int index) {
   int before = 0;
-  for (int group = lane_id(); group - lane_id() < groups; group += 32) {
-    const int begin = group < groups ? offsets[group] : 0, end = group < groups ? offsets[group + 1] : 0;
+  for (int group = lane_id(); group - lane_id() < p.groups; group += 32) {
+    const bool asked = group < p.groups && !is_done(p, group);
+    const int begin = asked ? p.group_offsets[group] : 0, end = asked ? p.group_offsets[group + 1] : 0;
     const int tiles = ceil_div(end - begin, kTileRows);
     int through = tiles;
 #pragma unroll

@@ -91,7 +91,9 @@ class Planner {
 
   void place_visits() {
     plan_.visit_token = Tensor::empty({plan_.num_visits}, DType::kI32, DeviceKind::kCpu);
+    plan_.visit_index = Tensor::empty({plan_.num_visits}, DType::kI32, DeviceKind::kCpu);
     int32_t *visit_token = plan_.visit_token.data<int32_t>(), *token_visit = plan_.token_visit.data<int32_t>();
+    int32_t* visit_index = plan_.visit_index.data<int32_t>();
     std::vector<int32_t> next = group_begin_;
     for (int64_t t = 0; t < tokens_; ++t) {
       int64_t visits = 0;
@@ -99,6 +101,7 @@ class Planner {
         if (!opens_visit(t, k)) continue;
         const int32_t visit = next[static_cast<size_t>(group(t * top_k_ + k))]++;
         visit_token[visit] = static_cast<int32_t>(t);
+        visit_index[visit] = static_cast<int32_t>(t * top_k_ + k);
         token_visit[t * top_k_ + visits++] = visit;
       }
       std::fill(token_visit + t * top_k_ + visits, token_visit + (t + 1) * top_k_, -1);
@@ -142,7 +145,20 @@ const RegisterKernel<FillDispatchPlan> register_fill{DeviceKind::kCpu, &fill_cpu
 
 }  // namespace
 
-DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>& group_of_slot, int64_t num_groups) {
+namespace {
+
+DispatchSort& chosen_sort() {
+  static DispatchSort sort = DispatchSort::kCounting;
+  return sort;
+}
+
+}  // namespace
+
+void set_dispatch_sort(DispatchSort sort) { chosen_sort() = sort; }
+DispatchSort dispatch_sort() { return chosen_sort(); }
+
+FillDispatchPlan begin_dispatch_plan(const Tensor& slots, const std::vector<int32_t>& group_of_slot, int64_t num_groups,
+                                     DispatchPlan& plan) {
   require(slots.rank() == 2, "dispatch_plan: slots is {}, expected [T, K]", slots.shape());
   require_tensor(slots, "dispatch_plan", "slots", slots.shape(), DType::kI32);
   require(slots.numel() <= INT32_MAX, "dispatch_plan: {} pairs do not fit 32-bit indices", slots.numel());
@@ -150,20 +166,22 @@ DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>&
     require(group_of_slot[s] >= -1 && group_of_slot[s] < num_groups, "dispatch_plan: slot {} is in group {} of {}", s,
             group_of_slot[s], num_groups);
   }
-  DispatchPlan plan;
   plan.slot_order = order_slots(group_of_slot);
   plan.group_positions.assign(static_cast<size_t>(num_groups) + 1, 0);
   for (const int32_t slot : plan.slot_order) {
     ++plan.group_positions[static_cast<size_t>(group_of_slot[static_cast<size_t>(slot)]) + 1];
   }
   to_offsets(&plan.group_positions);
-  const std::vector<int32_t> position_of_slot = positions_in(plan.slot_order, group_of_slot.size());
-  dispatch(FillDispatchPlan{.slots = slots,
-                            .group_of_slot = group_of_slot,
-                            .position_of_slot = position_of_slot,
-                            .num_groups = num_groups,
-                            .plan = plan},
-           slots.device(), "dispatch_plan");
+  return {.slots = slots,
+          .group_of_slot = group_of_slot,
+          .position_of_slot = positions_in(plan.slot_order, group_of_slot.size()),
+          .num_groups = num_groups,
+          .plan = plan};
+}
+
+DispatchPlan make_dispatch_plan(const Tensor& slots, const std::vector<int32_t>& group_of_slot, int64_t num_groups) {
+  DispatchPlan plan;
+  dispatch(begin_dispatch_plan(slots, group_of_slot, num_groups, plan), slots.device(), "dispatch_plan");
   return plan;
 }
 

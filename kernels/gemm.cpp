@@ -62,6 +62,68 @@ void check_rows(const char* op, const char* name, const Tensor& t, const Tensor&
   }
 }
 
+// The type of C, which an epilogue may have no use for, and the number of its rows.
+const Tensor& written(const Tensor& c, const GemmEpilogue& e) { return c.defined() ? c : e.activated; }
+
+// With an epilogue: `rows` of them are computed, the product's width is n.
+void check_epilogue(const char* op, const GemmEpilogue& e, const Tensor& c, int64_t rows, int64_t n) {
+  if (e.kind == GemmEpilogueKind::kNone) return;
+  const Tensor& out = written(c, e);
+  const DType accumulator = out.dtype() == DType::kF64 ? DType::kF64 : DType::kF32;
+  const auto check_device = [&](const char* name, const Tensor& t) {
+    require(t.device() == out.device(), "{}: {} on {}, the output on {}", op, name, name_of(t.device()),
+            name_of(out.device()));
+  };
+  if (e.scale_rows.defined()) {
+    require(e.scale_rows.rank() == 1 && e.scale_rows.dim(0) >= rows && e.scale_rows.dtype() == DType::kI32,
+            "{}: scale_rows is {} {}, expected [{}] i32", op, e.scale_rows.shape(), name_of(e.scale_rows.dtype()),
+            rows);
+    check_device("scale_rows", e.scale_rows);
+  }
+  const auto check_factors = [&](const char* name, const Tensor& t) {
+    require(t.dtype() == accumulator, "{}: {} is {}, expected {}", op, name, name_of(t.dtype()), name_of(accumulator));
+    require(e.scale_rows.defined() || t.numel() >= rows, "{}: {} is {}, expected {} of them", op, name, t.shape(),
+            rows);
+    check_device(name, t);
+  };
+  if (e.scales.defined()) check_factors("scales", e.scales);
+  if (e.dots.defined()) check_factors("dots", e.dots);
+  if (e.kind == GemmEpilogueKind::kScale) {
+    require(e.scales.defined(), "{}: an epilogue that scales has no scales", op);
+    return;
+  }
+  const int64_t width = e.kind == GemmEpilogueKind::kSwiGlu ? n / 2 : n;
+  const auto check_rows_of = [&](const char* name, const Tensor& t, int64_t columns) {
+    require(t.rank() == 2 && t.dim(0) >= rows && t.dim(1) == columns && t.dtype() == out.dtype(),
+            "{}: {} is {} {}, expected [{}, {}] {}", op, name, t.shape(), name_of(t.dtype()), rows, columns,
+            name_of(out.dtype()));
+    check_device(name, t);
+  };
+  if (e.kind == GemmEpilogueKind::kSwiGlu) {
+    require(n % 2 == 0, "{}: SwiGLU of {} columns, expected an even number", op, n);
+    if (c.defined()) check_rows_of("c", c, n);
+    check_rows_of("activated", e.activated, width);
+    return;
+  }
+  check_rows_of("c", c, 2 * width), check_rows_of("h", e.h, 2 * width);
+  if (e.activated.defined()) check_rows_of("activated", e.activated, width);
+}
+
+// What SwiGLU, forward or backward, does not go with.
+template <class Op>
+void check_swiglu(const char* name, const Op& op) {
+  if (op.epilogue.kind != GemmEpilogueKind::kSwiGlu && op.epilogue.kind != GemmEpilogueKind::kSwiGluBackward) return;
+  require(op.alpha == 1 && op.beta == 0 && op.c_column == 0,
+          "{}: SwiGLU with alpha {}, beta {}, column {} of c; expected 1, 0, 0", name, op.alpha, op.beta, op.c_column);
+  require(op.trans_b || op.epilogue.kind != GemmEpilogueKind::kSwiGlu, "{}: SwiGLU wants b with its rows along k",
+          name);
+}
+
+// Columns of C that the product itself has.
+int64_t product_width(const GemmDesc& desc) {
+  return desc.epilogue == GemmEpilogueKind::kSwiGluBackward ? 2 * desc.n : desc.n;
+}
+
 // The first matrix a group uses, nullptr when all groups are skipped. All of them have one shape and dtype.
 const Tensor* first_defined(const char* op, const char* name, const std::vector<Tensor>& list) {
   const Tensor* first = nullptr;
@@ -102,7 +164,7 @@ std::vector<GemmBackend>& backends() {
   return list;
 }
 
-using PickKey = std::tuple<int, int, int, int, int, int, bool, bool, bool, int64_t, int64_t, int64_t, int64_t, int,
+using PickKey = std::tuple<int, int, int, int, int, int, bool, bool, bool, int64_t, int64_t, int64_t, int64_t, int, int,
                            std::string_view, std::string_view>;
 constexpr size_t kMaxPicks = 65536;  // evaluation meets a new row count with every text; some MB at the very most
 
@@ -134,6 +196,7 @@ void record(const GemmDesc& d, std::string_view picked, std::string_view refused
                     d.k,
                     d.groups,
                     d.alignment,
+                    static_cast<int>(d.epilogue),
                     picked,
                     refused};
   if (!state.order.emplace(key, state.lines.size()).second) return;
@@ -146,10 +209,11 @@ void record(const GemmDesc& d, std::string_view picked, std::string_view refused
 
 std::string text_of(const GemmDesc& d) {
   constexpr std::string_view kinds[] = {"dense", "grouped_m", "grouped_k"};
-  return fmt::format("{} {}{} {}x{}->{}{}{} m={} n={} k={} g={}", kinds[static_cast<int>(d.kind)],
+  constexpr std::string_view epilogues[] = {"", " scale", " swiglu", " swiglu_backward"};
+  return fmt::format("{} {}{} {}x{}->{}{}{}{} m={} n={} k={} g={}", kinds[static_cast<int>(d.kind)],
                      d.trans_a ? "t" : "n", d.trans_b ? "t" : "n", name_of(d.a), name_of(d.b), name_of(d.c),
-                     d.compute == GemmCompute::kBF16 ? " bf16" : "", d.gather ? " gather" : "", d.m, d.n, d.k,
-                     d.groups);
+                     d.compute == GemmCompute::kBF16 ? " bf16" : "", d.gather ? " gather" : "",
+                     epilogues[static_cast<int>(d.epilogue)], d.m, d.n, d.k, d.groups);
 }
 
 RegisterGemmBackend::RegisterGemmBackend(const GemmBackend& backend) { backends().push_back(backend); }
@@ -201,18 +265,20 @@ std::vector<std::string> gemm_picks() {
 }
 
 GemmDesc describe(const Gemm& op) {
-  GemmDesc desc = describe(GemmKind::kDense, op.a, op.b, op.c, op.compute);
-  desc.trans_a = op.trans_a, desc.trans_b = op.trans_b;
-  desc.m = op.c.dim(0), desc.n = op.b.dim(op.trans_b ? 0 : 1), desc.k = op.b.dim(op.trans_b ? 1 : 0);
+  GemmDesc desc = describe(GemmKind::kDense, op.a, op.b, written(op.c, op.epilogue), op.compute);
+  desc.trans_a = op.trans_a, desc.trans_b = op.trans_b, desc.epilogue = op.epilogue.kind;
+  desc.m = written(op.c, op.epilogue).dim(0), desc.n = op.b.dim(op.trans_b ? 0 : 1),
+  desc.k = op.b.dim(op.trans_b ? 1 : 0);
   align(desc, op.a, op.a_column), align(desc, op.b, 0);
   return desc;
 }
 
 GemmDesc describe(const GroupedGemmM& op) {
   const Tensor& b = *std::find_if(op.b.begin(), op.b.end(), [](const Tensor& t) { return t.defined(); });
-  GemmDesc desc = describe(GemmKind::kGroupedM, op.a, b, op.c, op.compute);
+  GemmDesc desc = describe(GemmKind::kGroupedM, op.a, b, written(op.c, op.epilogue), op.compute);
+  desc.epilogue = op.epilogue.kind;
   desc.trans_b = op.trans_b, desc.gather = op.a_rows.defined(), desc.groups = static_cast<int64_t>(op.b.size());
-  desc.m = on_host(op.offsets) ? op.offsets.data<int32_t>()[desc.groups] : op.c.dim(0);
+  desc.m = on_host(op.offsets) ? op.offsets.data<int32_t>()[desc.groups] : written(op.c, op.epilogue).dim(0);
   desc.n = b.dim(op.trans_b ? 0 : 1), desc.k = b.dim(op.trans_b ? 1 : 0);
   align(desc, op.a, op.a_column);
   for (const Tensor& matrix : op.b) {
@@ -236,14 +302,17 @@ GemmDesc describe(const GroupedGemmK& op) {
 void run(const Gemm& op) {
   check_matrix("gemm", "a", op.a);
   check_matrix("gemm", "b", op.b);
-  check_matrix("gemm", "c", op.c);
-  check_dtypes("gemm", op.a, op.b, op.c);
+  const Tensor& out = written(op.c, op.epilogue);
+  check_matrix("gemm", "c", out);
+  check_dtypes("gemm", op.a, op.b, out);
+  check_swiglu("gemm", op);
   const GemmDesc desc = describe(op);
   const int64_t a_rows = op.trans_a ? desc.k : desc.m;
   require(op.a.dim(0) == a_rows, "gemm: a is {}, expected {} rows for b {}{} and c {}", op.a.shape(), a_rows,
-          op.b.shape(), op.trans_b ? "^T" : "", op.c.shape());
+          op.b.shape(), op.trans_b ? "^T" : "", out.shape());
   check_window("gemm", "a", op.a, op.a_column, op.trans_a ? desc.m : desc.k);
-  check_window("gemm", "c", op.c, op.c_column, desc.n);
+  if (op.c.defined()) check_window("gemm", "c", op.c, op.c_column, product_width(desc));
+  check_epilogue("gemm", op.epilogue, op.c, desc.m, desc.n);
   const TraceRange range(TraceLevel::kOp, "gemm.dense", desc.m);
   tune_gemm(op, desc);
   pick_gemm(desc).dense(op);
@@ -254,13 +323,16 @@ void run(const GroupedGemmM& op) {
   const Tensor* b = first_defined(kName, "b", op.b);
   if (b == nullptr) return;
   check_matrix(kName, "a", op.a);
-  check_matrix(kName, "c", op.c);
-  check_dtypes(kName, op.a, *b, op.c);
-  check_offsets(kName, op.offsets, op.b.size(), op.c.dim(0), op.c.device());
+  const Tensor& out = written(op.c, op.epilogue);
+  check_matrix(kName, "c", out);
+  check_dtypes(kName, op.a, *b, out);
+  check_swiglu(kName, op);
+  check_offsets(kName, op.offsets, op.b.size(), out.dim(0), out.device());
   const GemmDesc desc = describe(op);
   check_rows(kName, "a", op.a, op.a_rows, desc.m);
   check_window(kName, "a", op.a, op.a_column, desc.k);
-  check_window(kName, "c", op.c, op.c_column, desc.n);
+  if (op.c.defined()) check_window(kName, "c", op.c, op.c_column, product_width(desc));
+  check_epilogue(kName, op.epilogue, op.c, desc.m, desc.n);
   const TraceRange range(TraceLevel::kOp, "gemm.grouped_m", desc.m);
   tune_gemm(op, desc);
   pick_gemm(desc).grouped_m(op);

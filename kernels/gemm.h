@@ -16,6 +16,16 @@
 //   GroupedGemmK) is allowed for groups to skip; a skipped group writes nothing.
 //   In GroupedGemmK the same C_g may appear under several groups: contributions add in group order,
 //   beta applies once, before the first of them.
+// epilogue: what elements go through before they are stored, so that nothing as wide as the product is stored to be read again. With
+//   p = alpha sum as above and the row's factor g_i = scales[scale_rows[i]] (scale_rows undefined: scales[i]; scales undefined: 1):
+//     kNone            C = beta C + p
+//     kScale           C = beta C + g_i p
+//     kSwiGlu          p is h [R,2F], gate columns first (Hugging Face OlmoeMLP: act_fn(gate_proj) * up_proj; kernels/swiglu.h):
+//                      activated[i,f] = g_i a, a = silu(h[i,f]) h[i,F+f];   C = h, unless undefined
+//     kSwiGluBackward  p [R,F] is the gradient of a before its factor, h [R,2F] is given:
+//                      C [R,2F] = dh of g_i p;   activated = g_i a and dots[scale_rows[i]] = <p[i,:], a[i,:]>, unless undefined
+//   The last two have alpha 1, beta 0 and no window of C; kSwiGlu's B has its rows along K (trans_b). h, C and activated have one type and
+//   a is computed from h as rounded to it; scales and dots f32 (f64). Rows of skipped groups are left alone. C may be h.
 // aliasing: C overlaps neither A nor B. Deterministic: the same inputs give the same bits, and with
 //   the `native` backend row i of C does not depend on M, on the other rows or on the thread count.
 // cost: 2 M N K FLOPs.
@@ -32,12 +42,20 @@ namespace lightmoe {
 
 enum class GemmCompute : uint8_t { kF32, kBF16 };
 
+enum class GemmEpilogueKind : uint8_t { kNone, kScale, kSwiGlu, kSwiGluBackward };
+struct GemmEpilogue {
+  GemmEpilogueKind kind = GemmEpilogueKind::kNone;
+  Tensor scales, scale_rows;  // [any], i32 [R]
+  Tensor h, activated, dots;  // [R,2F] [R,F] as scales
+};
+
 struct Gemm {
   Tensor a, b, c;
   bool trans_a = false, trans_b = false;
   double alpha = 1, beta = 0;
   GemmCompute compute = GemmCompute::kF32;
   int64_t a_column = 0, c_column = 0;  // a_column with trans_a: window of A's columns, which are M
+  GemmEpilogue epilogue = {};
 };
 
 struct GroupedGemmM {
@@ -48,6 +66,7 @@ struct GroupedGemmM {
   double alpha = 1, beta = 0;
   GemmCompute compute = GemmCompute::kF32;
   int64_t a_column = 0, c_column = 0;
+  GemmEpilogue epilogue = {};
 };
 
 struct GroupedGemmK {
@@ -76,6 +95,7 @@ struct GemmDesc {
   int64_t groups;   // 1 for dense
   // Largest power of two, at most 16, that divides where rows of A and of B (windows counted) begin, in bytes.
   int alignment;
+  GemmEpilogueKind epilogue = GemmEpilogueKind::kNone;
 };
 // Of a product whose operands are sound; grouped: with a matrix that is defined.
 GemmDesc describe(const Gemm& op);
@@ -84,7 +104,7 @@ GemmDesc describe(const GroupedGemmK& op);
 
 struct GemmBackend {
   std::string_view
-      name;  // "reference", "blas", "native"; "simple", "mma", "wgmma": an entry for sim, one for cuda; "cublas"
+      name;  // "reference", "blas", "native"; "simple", "gemv", "mma", "wgmma": an entry for sim, one for cuda; "cublas"
   bool (*supports)(const GemmDesc&);  // the only truth; no silent fallback inside a backend
   double (*cost)(const GemmDesc&);    // estimated microseconds, for the choice only
   void (*dense)(const Gemm&);         // null where a kind is not implemented (then supports says no)

@@ -106,7 +106,8 @@ void multiply_all(const GemmProblems& all) {
 
 bool supports(const GemmDesc& desc) {
   constexpr int64_t kMaxDim = std::numeric_limits<int>::max();
-  return desc.device == DeviceKind::kCpu && desc.m <= kMaxDim && desc.n <= kMaxDim && desc.k <= kMaxDim;
+  return desc.device == DeviceKind::kCpu && desc.epilogue == GemmEpilogueKind::kNone && desc.m <= kMaxDim &&
+         desc.n <= kMaxDim && desc.k <= kMaxDim;
 }
 
 double cost(const GemmDesc& desc) {

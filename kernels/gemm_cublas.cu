@@ -174,8 +174,8 @@ bool supports(const GemmDesc& desc) {
       desc.a == desc.b &&
       (desc.a == DType::kBF16 || (desc.a == DType::kF32 && desc.c == DType::kF32 && desc.compute == GemmCompute::kF32));
   const bool grouped = desc.kind != GemmKind::kDense;
-  return desc.device == DeviceKind::kCuda && types && desc.c != DType::kF64 && !desc.gather && desc.k > 0 &&
-         (!grouped || desc.a == desc.c);
+  return desc.device == DeviceKind::kCuda && desc.epilogue == GemmEpilogueKind::kNone && types &&
+         desc.c != DType::kF64 && !desc.gather && desc.k > 0 && (!grouped || desc.a == desc.c);
 }
 double cost(const GemmDesc& desc) {
   constexpr double kLaunch = 8, kWait = 60, kBytesPerMicrosecond = 3e6;

@@ -21,6 +21,22 @@ int to_int(int64_t size) {
 }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+const Tensor& written(const Tensor& c, const GemmEpilogue& e) { return c.defined() ? c : e.activated; }
+
+// Where the results go.
+void set_output(GemmLaunch& p, const Tensor& c, int64_t column, const GemmEpilogue& e) {
+  p.c_type = written(c, e).dtype(), p.m = to_int(written(c, e).dim(0));
+  if (c.defined()) p.c = at_column(c, column), p.c_stride = c.dim(1);
+  const auto data = [](const Tensor& t) { return t.defined() ? t.raw() : nullptr; };
+  p.epilogue = {.kind = e.kind,
+                .scales = data(e.scales),
+                .scale_rows = e.scale_rows.defined() ? e.scale_rows.data<int32_t>() : nullptr,
+                .h = data(e.h),
+                .activated = data(e.activated),
+                .dots = data(e.dots),
+                .dots_stride = 0};
+}
+
 // Groups of each output of a GroupedGemmK, outputs in the order of their first group.
 std::vector<std::vector<int32_t>> groups_of_outputs(const GroupedGemmK& op) {
   std::vector<std::vector<int32_t>> outputs;
@@ -37,12 +53,12 @@ std::vector<std::vector<int32_t>> groups_of_outputs(const GroupedGemmK& op) {
 }  // namespace
 
 std::vector<GemmLaunch> launches_of(const Gemm& op) {
-  GemmLaunch p{.kind = GemmKind::kDense, .a_type = op.a.dtype(), .b_type = op.b.dtype(), .c_type = op.c.dtype()};
+  GemmLaunch p{.kind = GemmKind::kDense, .a_type = op.a.dtype(), .b_type = op.b.dtype()};
+  set_output(p, op.c, op.c_column, op.epilogue);
   p.trans_a = op.trans_a, p.trans_b = op.trans_b;
   p.round = op.compute == GemmCompute::kBF16;
   p.a = operand(op.a, {}, op.a_column), p.b = operand(op.b, {}, 0);
-  p.c = at_column(op.c, op.c_column), p.c_stride = op.c.dim(1);
-  p.m = to_int(op.c.dim(0)), p.n = to_int(op.b.dim(op.trans_b ? 0 : 1)), p.k = to_int(op.b.dim(op.trans_b ? 1 : 0));
+  p.n = to_int(op.b.dim(op.trans_b ? 0 : 1)), p.k = to_int(op.b.dim(op.trans_b ? 1 : 0));
   p.alpha = op.alpha, p.beta = op.beta;
   if (p.m == 0 || p.n == 0) return {};
   return {p};
@@ -50,12 +66,12 @@ std::vector<GemmLaunch> launches_of(const Gemm& op) {
 
 std::vector<GemmLaunch> launches_of(const GroupedGemmM& op) {
   const auto b = std::find_if(op.b.begin(), op.b.end(), [](const Tensor& t) { return t.defined(); });
-  GemmLaunch p{.kind = GemmKind::kGroupedM, .a_type = op.a.dtype(), .b_type = b->dtype(), .c_type = op.c.dtype()};
+  GemmLaunch p{.kind = GemmKind::kGroupedM, .a_type = op.a.dtype(), .b_type = b->dtype()};
+  set_output(p, op.c, op.c_column, op.epilogue);
   p.trans_b = op.trans_b;
   p.round = op.compute == GemmCompute::kBF16;
   p.a = operand(op.a, op.a_rows, op.a_column), p.b = {nullptr, nullptr, b->dim(1)};
-  p.c = at_column(op.c, op.c_column), p.c_stride = op.c.dim(1);
-  p.m = to_int(op.c.dim(0)), p.n = to_int(b->dim(op.trans_b ? 0 : 1)), p.k = to_int(b->dim(op.trans_b ? 1 : 0));
+  p.n = to_int(b->dim(op.trans_b ? 0 : 1)), p.k = to_int(b->dim(op.trans_b ? 1 : 0));
   p.alpha = op.alpha, p.beta = op.beta;
   std::vector<GemmLaunch> launches;
   if (p.m == 0 || p.n == 0) return launches;
@@ -66,7 +82,9 @@ std::vector<GemmLaunch> launches_of(const GroupedGemmM& op) {
     for (int g = 0; g < p.num_groups; ++g) {
       const Tensor& matrix = op.b[begin + static_cast<size_t>(g)];
       // An empty matrix (k = 0) has no address, yet its group's rows are written.
-      p.group_data[g] = !matrix.defined() ? nullptr : matrix.raw() != nullptr ? matrix.raw() : op.c.raw();
+      p.group_data[g] = !matrix.defined()         ? nullptr
+                        : matrix.raw() != nullptr ? matrix.raw()
+                                                  : written(op.c, op.epilogue).raw();
       any |= matrix.defined();
     }
     if (any) launches.push_back(p);

@@ -19,6 +19,17 @@ struct GemmOperand {  // stored row r starts at element (rows ? rows[r] : r) * s
   int64_t stride;
 };
 
+// gemm.h's epilogue; rows are those of all groups. Backends' kernels get dots as [tiles of columns][dots_stride], what each tile sums up.
+struct GemmLaunchEpilogue {
+  GemmEpilogueKind kind;
+  const void* scales;  // f32; null: 1
+  const int32_t* scale_rows;
+  const void* h;
+  void *activated, *dots;
+  int64_t dots_stride;
+  constexpr bool swiglu() const { return kind == GemmEpilogueKind::kSwiGlu; }
+};
+
 struct GemmLaunch {
   GemmKind kind;
   DType a_type, b_type, c_type;
@@ -26,6 +37,7 @@ struct GemmLaunch {
   GemmOperand a, b;              // kGroupedM: b.data stands in group_data
   void* c;                       // kGroupedK: stands in group_data
   int64_t c_stride;
+  GemmLaunchEpilogue epilogue;
   int m, n, k;  // kGroupedM: m, kGroupedK: k is an upper bound of the rows of all groups
   double alpha, beta;
   // kGroupedM: group i has matrix group_data[i] (null: skipped) and the rows [offsets[i], offsets[i + 1]).

@@ -34,6 +34,7 @@ template <class Tiles, bool kAAlongK, bool kBAlongK>
 struct Shared {
   StagePart<Tiles::kRows, kAAlongK> a[Tiles::kStages];
   StagePart<Tiles::kColumns, kBAlongK> b[Tiles::kStages];
+  float dots[Tiles::kWarpsAcross][Tiles::kRows];  // of an epilogue
 };
 
 // Brings one operand's part of a stage in pieces of 8 elements, zeros outside [begin, end) and outside the step of k.
@@ -47,10 +48,15 @@ struct Loader {
   int64_t start[kPieces];   // of the stored rows of my pieces
   Floats<8> held[kPieces];  // f32 on its way
 
-  DEVICE_FN Loader(const GemmOperand& operand, const void* matrix, int from, int to)
+  // row_of(line): the stored row of a line of the tile, -1: none.
+  template <class RowOf>
+  DEVICE_FN Loader(const GemmOperand& operand, const void* matrix, int from, int to, const RowOf& row_of)
       : x(operand), data(static_cast<const T*>(matrix)), begin(from), end(to) {
 #pragma unroll
-    for (int j = 0; j < kPieces; ++j) start[j] = kAlongK && begin + line(j) < end ? row_start(x, begin + line(j)) : 0;
+    for (int j = 0; j < kPieces; ++j) {
+      const int row = kAlongK ? row_of(line(j)) : -1;
+      start[j] = row >= 0 ? row_start(x, row) : -1;
+    }
   }
   DEVICE_FN static int line(int j) { return (static_cast<int>(threadIdx.x) + j * kThreads) / kAcross; }
   DEVICE_FN static int column() { return static_cast<int>(threadIdx.x) % kAcross * 8; }
@@ -59,19 +65,19 @@ struct Loader {
   DEVICE_FN void aim(const DepthCursor<kDepth>& depth) {
     if constexpr (!kAlongK) {
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) start[j] = depth.k + line(j) < depth.end ? row_start(x, depth.k + line(j)) : 0;
+      for (int j = 0; j < kPieces; ++j) start[j] = depth.k + line(j) < depth.end ? row_start(x, depth.k + line(j)) : -1;
     }
   }
   DEVICE_FN void fetch(const DepthCursor<kDepth>& depth, Part& part) {
     const int first = (kAlongK ? depth.k : begin) + column(), last = kAlongK ? depth.end : end;
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
-      const bool present = kAlongK ? begin + line(j) < end : depth.k + line(j) < depth.end;
+      const bool present = start[j] >= 0;
       if constexpr (std::is_same_v<T, bf16>) {
         const int count = present ? std::clamp(last - first, 0, 8) : 0;
         ptx::cp_async_16(&part.at[line(j)][column()], data + (count > 0 ? start[j] + first : 0), count * 2);
       } else {
-        held[j] = load_floats<8>(data + start[j], first, present ? last : 0, true);
+        held[j] = load_floats<8>(data + (present ? start[j] : 0), first, present ? last : 0, true);
       }
     }
   }
@@ -127,25 +133,56 @@ DEVICE_FN void multiply_stage(float (&sum)[Tiles::kDown][Tiles::kAcross][4],
   }
 }
 
+// The epilogue of a warp's part of the tile. Runs of 8 columns of gate and of up take turns in it (row_of_b).
+constexpr int kRun = 8;
 template <class C, class Tiles>
-DEVICE_FN void update_tile(const GemmLaunch& p, const GemmTile& tile, int warp_row, int warp_column,
-                           const float (&sum)[Tiles::kDown][Tiles::kAcross][4]) {
-  C* matrix = static_cast<C*>(tile.c);
-  const bool together = pairs_aligned(p, matrix);
+DEVICE_FN void store_tile(const GemmLaunch& p, const GemmTile& tile, int warp_row, int warp_column,
+                          const float (&sum)[Tiles::kDown][Tiles::kAcross][4], float (&dots)[Tiles::kRows]) {
+  const TileOutput<C> out(p, tile.c);
+  const bool swiglu = p.epilogue.swiglu();
 #pragma unroll
   for (int i = 0; i < Tiles::kDown; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = tile.row + warp_row + i * 16 + half * 8 + lane_id() / 4;
-      if (row >= tile.row_end) continue;
+      const int in_tile = warp_row + i * 16 + half * 8 + lane_id() / 4, row = tile.row + in_tile;
+      const bool present = row < tile.row_end;
+      const float scale = present ? out.scale(row) : 0.0f;
+      float dot = 0;
 #pragma unroll
       for (int j = 0; j < Tiles::kAcross; ++j) {
-        const int column = tile.column + warp_column + j * 8 + lane_id() % 4 * 2;
-        if (column >= p.n) continue;
-        update_pair(matrix + row * p.c_stride + column, p.n - column, together, p, sum[i][j][2 * half],
-                    sum[i][j][2 * half + 1]);
+        const int pair = lane_id() % 4 * 2;
+        const int column =
+            swiglu ? (tile.column + warp_column) / 2 + j / 2 * kRun + pair : tile.column + warp_column + j * 8 + pair;
+        if (!present || column >= out.width()) continue;
+        const float values[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]};
+        if (out.plain()) {
+          out.update(row, column, scale, values);
+        } else if (!swiglu) {
+          dot += out.swiglu_backward(row, column, scale, values);
+        } else if (j % 2 == 0) {
+          out.swiglu(row, column, scale, values, {sum[i][j + 1][2 * half], sum[i][j + 1][2 * half + 1]});
+        }
       }
+      if (p.epilogue.dots == nullptr) continue;  // all threads or none
+      dot += shuffle_xor(dot, 1);
+      dot += shuffle_xor(dot, 2);
+      if (lane_id() % 4 == 0) dots[in_tile] = dot;
     }
+  }
+}
+
+// The rows' dots over the tile's warps.
+template <class Tiles>
+DEVICE_FN void store_dots(const GemmLaunch& p, const GemmTile& tile,
+                          const float (&dots)[Tiles::kWarpsAcross][Tiles::kRows]) {
+  if (p.epilogue.dots == nullptr) return;
+  sync_block();
+  const TileOutput<float> out(p, nullptr);
+  for (int i = static_cast<int>(threadIdx.x); i < Tiles::kRows; i += Tiles::kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < Tiles::kWarpsAcross; ++w) sum += dots[w][i];
+    if (tile.row + i < tile.row_end) out.store_dot(tile.row + i, tile.column, Tiles::kColumns, sum);
   }
 }
 
@@ -155,8 +192,10 @@ __global__ void __launch_bounds__(Tiles::kThreads) gemm_mma_kernel(const __grid_
   auto& shared = shared_memory<Shared<Tiles, kAAlongK, kBAlongK>>();
   const GemmTile tile = find_tile<Tiles::kRows, Tiles::kColumns>(p, static_cast<int>(blockIdx.x));
   if (tile.empty()) return;  // the whole block
-  Loader<A, Tiles::kRows, kAAlongK, Tiles::kThreads> a(p.a, p.a.data, tile.row, tile.row_end);
-  Loader<B, Tiles::kColumns, kBAlongK, Tiles::kThreads> b(p.b, tile.b, tile.column, p.n);
+  Loader<A, Tiles::kRows, kAAlongK, Tiles::kThreads> a(
+      p.a, p.a.data, tile.row, tile.row_end, [&](int i) { return tile.row + i < tile.row_end ? tile.row + i : -1; });
+  Loader<B, Tiles::kColumns, kBAlongK, Tiles::kThreads> b(p.b, tile.b, tile.column, p.n,
+                                                          [&](int i) { return row_of_b<kRun>(p, tile.column, i); });
   DepthCursor<kDepth> ahead(p, tile), depth(p, tile);  // of the copies, of the arithmetic
   const auto aim = [&] {
     if (!ahead.done()) a.aim(ahead), b.aim(ahead);
@@ -189,18 +228,23 @@ __global__ void __launch_bounds__(Tiles::kThreads) gemm_mma_kernel(const __grid_
     free = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
+  auto& dots = shared.dots[warp_id() % Tiles::kWarpsAcross];
   if (p.c_type == DType::kBF16) {
-    update_tile<bf16, Tiles>(p, tile, warp_row, warp_column, sum);
+    store_tile<bf16, Tiles>(p, tile, warp_row, warp_column, sum, dots);
   } else {
-    update_tile<float, Tiles>(p, tile, warp_row, warp_column, sum);
+    store_tile<float, Tiles>(p, tile, warp_row, warp_column, sum, dots);
   }
+  store_dots<Tiles>(p, tile, shared.dots);
 }
 
 template <class Tiles, class A, class B, bool kAAlongK, bool kBAlongK>
 void multiply_tiles(const GemmLaunch& p) {
   const auto blocks = static_cast<uint32_t>(tiles_of(p, Tiles::kRows, Tiles::kColumns));
-  launch<gemm_mma_kernel<Tiles, A, B, kAAlongK, kBAlongK>>(
-      {.blocks = {blocks}, .threads = {Tiles::kThreads}, .shared_bytes = sizeof(Shared<Tiles, kAAlongK, kBAlongK>)}, p);
+  with_dots(p, Tiles::kColumns, [&](const GemmLaunch& launched) {
+    launch<gemm_mma_kernel<Tiles, A, B, kAAlongK, kBAlongK>>(
+        {.blocks = {blocks}, .threads = {Tiles::kThreads}, .shared_bytes = sizeof(Shared<Tiles, kAAlongK, kBAlongK>)},
+        launched);
+  });
 }
 
 // Large tiles where they are full and as many as the machine has multiprocessors.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "kernels/gemm_epilogue.h"
 #include "kernels/gemm_native_pack.h"
 #include "kernels/gemm_native_rows.h"
 #include "kernels/gemm_native_tile.h"
@@ -130,6 +131,22 @@ void multiply(const GemmProblems& all) {
   parallel_items(static_cast<int64_t>(tasks.size()), run_task);
 }
 
+// With an epilogue: the product of each problem in f32, then row by row what becomes of it.
+void multiply_and_finish(const GemmProblems& all) {
+  if (all.epilogue.kind == GemmEpilogueKind::kNone) return multiply(all);
+  for (const GemmProblem& p : all.items) {
+    const MemoryScope scope(MemoryCategory::kScratch);
+    const Tensor product = Tensor::empty({p.m, p.n}, DType::kF32, DeviceKind::kCpu);
+    GemmProblems plain{.alpha = all.alpha, .beta = 0, .compute = all.compute};
+    plain.items = {p};
+    plain.items[0].c = product.raw(), plain.items[0].c_dtype = DType::kF32, plain.items[0].c_stride = p.n;
+    multiply(plain);
+    parallel_for(0, p.m, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) finish_row(all, p, i, product.data<float>() + i * p.n);
+    });
+  }
+}
+
 bool supports(const GemmDesc& desc) { return desc.device == DeviceKind::kCpu && desc.c != DType::kF64; }
 
 double cost(const GemmDesc& desc) {
@@ -141,8 +158,8 @@ const RegisterGemmBackend native{{
     .name = "native",
     .supports = &supports,
     .cost = &cost,
-    .dense = [](const Gemm& op) { multiply(problems_of(op)); },
-    .grouped_m = [](const GroupedGemmM& op) { multiply(problems_of(op)); },
+    .dense = [](const Gemm& op) { multiply_and_finish(problems_of(op)); },
+    .grouped_m = [](const GroupedGemmM& op) { multiply_and_finish(problems_of(op)); },
     .grouped_k = [](const GroupedGemmK& op) { multiply(problems_of(op)); },
 }};
 

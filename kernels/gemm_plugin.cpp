@@ -59,6 +59,7 @@ lightmoe_gemm_problem problem_of(const GemmDesc& d) {
 bool supports(const GemmDesc& d) {
   if (d.a == DType::kF64 || d.m == 0 || d.n == 0 || d.k == 0) return false;  // nothing to multiply: built in
   if (d.device != DeviceKind::kCpu && d.device != DeviceKind::kCuda) return false;
+  if (d.epilogue != GemmEpilogueKind::kNone) return false;
   const lightmoe_gemm_problem p = problem_of(d);
   const Plugin& open = plugin();
   if (open.calls->score(open.context, &p) <= 0) return false;

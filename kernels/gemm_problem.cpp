@@ -20,6 +20,12 @@ GemmMatrix rows_of(const Tensor& t, const Tensor& rows, int64_t begin, bool tran
   return {element(t, 0, column), t.dtype(), t.dim(1), rows.data<int32_t>() + begin, transposed};
 }
 
+void set_output(GemmProblem& p, const Tensor& c, const GemmEpilogue& epilogue, int64_t row, int64_t column) {
+  p.first_row = row;
+  p.c_dtype = (c.defined() ? c : epilogue.activated).dtype();
+  if (c.defined()) p.c = element(c, row, column), p.c_stride = c.dim(1);
+}
+
 void append_rows(std::vector<int32_t>& list, const Tensor& rows, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     list.push_back(rows.defined() ? rows.data<int32_t>()[r] : static_cast<int32_t>(r));
@@ -29,22 +35,23 @@ void append_rows(std::vector<int32_t>& list, const Tensor& rows, int64_t begin, 
 }  // namespace
 
 GemmProblems problems_of(const Gemm& op) {
-  GemmProblems out{.alpha = op.alpha, .beta = op.beta, .compute = op.compute};
+  GemmProblems out{.alpha = op.alpha, .beta = op.beta, .compute = op.compute, .epilogue = op.epilogue};
   GemmProblem p{.a = matrix(op.a, op.trans_a, op.a_column), .b = matrix(op.b, op.trans_b)};
-  p.c = element(op.c, 0, op.c_column), p.c_dtype = op.c.dtype(), p.c_stride = op.c.dim(1);
-  p.m = op.c.dim(0), p.n = op.b.dim(op.trans_b ? 0 : 1), p.k = op.b.dim(op.trans_b ? 1 : 0);
+  set_output(p, op.c, op.epilogue, 0, op.c_column);
+  p.m = (op.c.defined() ? op.c : op.epilogue.activated).dim(0), p.n = op.b.dim(op.trans_b ? 0 : 1),
+  p.k = op.b.dim(op.trans_b ? 1 : 0);
   if (p.m > 0 && p.n > 0) out.items.push_back(p);
   return out;
 }
 
 GemmProblems problems_of(const GroupedGemmM& op) {
-  GemmProblems out{.alpha = op.alpha, .beta = op.beta, .compute = op.compute};
+  GemmProblems out{.alpha = op.alpha, .beta = op.beta, .compute = op.compute, .epilogue = op.epilogue};
   const int32_t* offsets = op.offsets.data<int32_t>();
   for (size_t g = 0; g < op.b.size(); ++g) {
     const Tensor& b = op.b[g];
     if (!b.defined()) continue;
     GemmProblem p{.a = rows_of(op.a, op.a_rows, offsets[g], false, op.a_column), .b = matrix(b, op.trans_b)};
-    p.c = element(op.c, offsets[g], op.c_column), p.c_dtype = op.c.dtype(), p.c_stride = op.c.dim(1);
+    set_output(p, op.c, op.epilogue, offsets[g], op.c_column);
     p.m = offsets[g + 1] - offsets[g], p.n = b.dim(op.trans_b ? 0 : 1), p.k = b.dim(op.trans_b ? 1 : 0);
     if (p.m > 0 && p.n > 0) out.items.push_back(p);
   }

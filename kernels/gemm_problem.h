@@ -22,17 +22,19 @@ struct GemmMatrix {
 };
 
 struct GemmProblem {
-  GemmMatrix a, b;  // op(A) [m,k], op(B) [k,n]
-  void* c = nullptr;
+  GemmMatrix a, b;    // op(A) [m,k], op(B) [k,n]
+  void* c = nullptr;  // null: an epilogue stores something else
   DType c_dtype = DType::kF32;
   int64_t c_stride = 0;
   int64_t m = 0, n = 0, k = 0;  // k may be 0: C = beta C
+  int64_t first_row = 0;        // of the whole operation's rows, for epilogues
 };
 
 struct GemmProblems {
   std::vector<GemmProblem> items;
   double alpha = 1, beta = 0;
   GemmCompute compute = GemmCompute::kF32;
+  GemmEpilogue epilogue = {};
   std::vector<std::vector<int32_t>> joined_rows;  // row lists of groups that share a C
 };
 

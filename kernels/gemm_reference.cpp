@@ -1,7 +1,7 @@
 // The definition of gemm.h in plain loops: one sum per element, over k in ascending order.
 
 #include "kernels/access.h"
-#include "kernels/gemm_problem.h"
+#include "kernels/gemm_epilogue.h"
 #include "runtime/parallel.h"
 
 namespace lightmoe {
@@ -32,6 +32,11 @@ void multiply_rows(const GemmProblem& p, const GemmProblems& all, int64_t begin,
     for (int64_t k = 0; k < p.k; ++k) {
       const Compute factor = a.at(i, k);
       for (int64_t j = 0; j < p.n; ++j) sum[static_cast<size_t>(j)] += factor * b.at(k, j);
+    }
+    if (all.epilogue.kind != GemmEpilogueKind::kNone) {
+      for (Compute& value : sum) value *= alpha;
+      finish_row(all, p, i, sum.data());
+      continue;
     }
     C* c = static_cast<C*>(p.c) + i * p.c_stride;
     for (int64_t j = 0; j < p.n; ++j) {

@@ -1,10 +1,14 @@
 #pragma once
-// The device side of gemm_launch.h: a block finds the tile of C it owns, and walks over the k it sums.
+// The device side of gemm_launch.h: a block finds the tile of C it owns, walks over the k it sums, and hands what it has summed to the
+// epilogue.
 
 #include "kernels/device/numeric.h"
 #include "kernels/gemm_launch.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
+
+// dots of the epilogue: each row's sum over the tiles of parts [tiles, m], for the rows of groups that are not skipped.
+void add_dots(const GemmLaunch& p, const float* parts, int tiles);
 
 struct GemmTile {
   int row, row_end, column;  // rows [row, row_end) of A and C (kGroupedM: of all groups' rows), columns from column on
@@ -93,29 +97,122 @@ DEVICE_FN int64_t row_start(const GemmOperand& x, int row) {
   return (x.rows != nullptr ? x.rows[row] : row) * x.stride;
 }
 
-// May C's elements be written two at a time, from even columns on?
-template <class C>
-DEVICE_FN bool pairs_aligned(const GemmLaunch& p, const C* matrix) {
-  return p.c_stride % 2 == 0 && reinterpret_cast<uintptr_t>(matrix) % (2 * sizeof(C)) == 0;
+// Stored row of B for line `line` of a tile that begins at `column`: the tile's columns of C. For SwiGLU a tile holds as many columns of
+// the gate as of up, kRun by turns, so that both of an element are in one thread. -1: no such column.
+template <int kRun>
+DEVICE_FN int row_of_b(const GemmLaunch& p, int column, int line) {
+  if (!p.epilogue.swiglu()) return column + line < p.n ? column + line : -1;
+  const int f = column / 2 + line / (2 * kRun) * kRun + line % kRun, width = p.n / 2;
+  return f < width ? f + line % (2 * kRun) / kRun * width : -1;
 }
-// C's two columns from c on, of which `count` are inside; `together`: in one access.
+
+// What becomes of a tile's elements, kN neighbouring columns at a time (1 or 2), of which some may not exist. C is f32 or bf16.
 template <class C>
-DEVICE_FN void update_pair(C* c, int count, bool together, const GemmLaunch& p, float first, float second) {
-  const float alpha = static_cast<float>(p.alpha), beta = static_cast<float>(p.beta);
-  first *= alpha, second *= alpha;
-  if (beta != 0) {
-    first += beta * to_float(c[0]);
-    if (count > 1) second += beta * to_float(c[1]);
+class TileOutput {
+ public:
+  DEVICE_FN TileOutput(const GemmLaunch& launch, void* matrix)
+      : p_(launch), c_(static_cast<C*>(matrix)), width_(p_.epilogue.swiglu() ? p_.n / 2 : p_.n) {
+    together_ = p_.c_stride % 2 == 0 && aligned(c_);
+    if (!plain()) together_ = together_ && width_ % 2 == 0 && aligned(p_.epilogue.activated) && aligned(p_.epilogue.h);
   }
-  if (together && count > 1) {
-    struct alignas(2 * sizeof(C)) Pair {
-      C first, second;
-    };
-    *reinterpret_cast<Pair*>(c) = {from_float<C>(first), from_float<C>(second)};
-    return;
+  DEVICE_FN bool plain() const {
+    return p_.epilogue.kind == GemmEpilogueKind::kNone || p_.epilogue.kind == GemmEpilogueKind::kScale;
   }
-  c[0] = from_float<C>(first);
-  if (count > 1) c[1] = from_float<C>(second);
+  DEVICE_FN int width() const { return width_; }  // columns are below it: of the product, or of an expert
+  DEVICE_FN float scale(int row) const {
+    const GemmLaunchEpilogue& e = p_.epilogue;
+    if (e.scales == nullptr) return 1;
+    return static_cast<const float*>(e.scales)[e.scale_rows != nullptr ? e.scale_rows[row] : row];
+  }
+  // C = beta C + alpha scale sum
+  template <int kN>
+  DEVICE_FN void update(int row, int column, float scale, const float (&sum)[kN]) const {
+    C* c = c_ + row * p_.c_stride + column;
+    const float factor = static_cast<float>(p_.alpha) * scale, beta = static_cast<float>(p_.beta);
+    float values[kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      values[i] = factor * sum[i];
+      if (beta != 0 && column + i < width_) values[i] += beta * to_float(c[i]);
+    }
+    store(c, column, values);
+  }
+  template <int kN>
+  DEVICE_FN void swiglu(int row, int f, float scale, const float (&gate)[kN], const float (&up)[kN]) const {
+    if (c_ != nullptr) {
+      C* c = c_ + row * p_.c_stride + f;
+      store(c, f, gate), store(c + width_, f, up);
+    }
+    float a[kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const float g = rounded(gate[i]);
+      a[i] = scale * (g * sigmoid(g) * rounded(up[i]));
+    }
+    store(static_cast<C*>(p_.epilogue.activated) + static_cast<int64_t>(row) * width_ + f, f, a);
+  }
+  // Returns these elements' part of the row's dot.
+  template <int kN>
+  DEVICE_FN float swiglu_backward(int row, int f, float scale, const float (&gradient)[kN]) const {
+    const C* h = static_cast<const C*>(p_.epilogue.h) + static_cast<int64_t>(row) * 2 * width_ + f;
+    float gate[kN] = {}, up[kN] = {}, a[kN] = {}, dot = 0;
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      if (f + i >= width_) continue;
+      const float g = to_float(h[i]), u = to_float(h[width_ + i]), s = sigmoid(g), silu = g * s;
+      const float d = scale * gradient[i];
+      gate[i] = d * u * (s + silu * (1.0f - s)), up[i] = d * silu, a[i] = scale * (silu * u);
+      dot += gradient[i] * (silu * u);
+    }
+    C* c = c_ + row * p_.c_stride + f;
+    store(c, f, gate), store(c + width_, f, up);
+    if (p_.epilogue.activated != nullptr) {
+      store(static_cast<C*>(p_.epilogue.activated) + static_cast<int64_t>(row) * width_ + f, f, a);
+    }
+    return dot;
+  }
+  // What a tile of so many columns sums up for a row.
+  DEVICE_FN void store_dot(int row, int column, int tile_columns, float dot) const {
+    static_cast<float*>(p_.epilogue.dots)[column / tile_columns * p_.epilogue.dots_stride + row] = dot;
+  }
+
+ private:
+  DEVICE_FN static bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % (2 * sizeof(C)) == 0; }
+  DEVICE_FN static float rounded(float value) { return to_float(from_float<C>(value)); }
+  template <int kN>
+  DEVICE_FN void store(C* to, int column, const float (&values)[kN]) const {
+    if constexpr (kN == 2) {
+      if (together_ && column + 1 < width_) {
+        struct alignas(2 * sizeof(C)) Pair {
+          C first, second;
+        };
+        *reinterpret_cast<Pair*>(to) = {from_float<C>(values[0]), from_float<C>(values[1])};
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      if (column + i < width_) to[i] = from_float<C>(values[i]);
+    }
+  }
+
+  const GemmLaunch& p_;
+  C* c_;
+  int width_;
+  bool together_;
+};
+
+// A backend's launch with memory for the dots of its tiles of so many columns, where the epilogue wants dots, and their sum afterwards.
+template <class Run>
+void with_dots(const GemmLaunch& p, int tile_columns, Run&& run) {
+  if (p.epilogue.dots == nullptr) return run(p);
+  const MemoryScope scope(MemoryCategory::kScratch);
+  const int tiles = ceil_div(p.n, tile_columns);
+  const Tensor parts = Tensor::empty({tiles, p.m}, DType::kF32, kDevice);
+  GemmLaunch with_parts = p;
+  with_parts.epilogue.dots = parts.raw(), with_parts.epilogue.dots_stride = p.m;
+  run(with_parts);
+  add_dots(p, parts.data<float>(), tiles);
 }
 
 }  // namespace lightmoe::LIGHTMOE_DEVICE

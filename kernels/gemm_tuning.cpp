@@ -8,6 +8,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <sstream>
 
 #include "kernels/gemm_plugin.h"
@@ -41,7 +42,9 @@ int64_t bucket(int64_t rows) {
   return rows <= 1 ? rows : static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(rows)));
 }
 
+// An epilogue does not change what the product is: the backend that is fastest without it.
 std::string key_of(GemmDesc desc) {
+  desc.epilogue = GemmEpilogueKind::kNone;
   int64_t& rows = desc.kind == GemmKind::kGroupedK ? desc.k : desc.m;
   rows = bucket(rows);
   return fmt::format("{} align={}", text_of(desc), desc.alignment);
@@ -105,9 +108,20 @@ bool worth_timing(const GemmBackend& backend, size_t candidates) {
   return candidates < 2 || backend.name != "reference";
 }
 
+// The product alone, with a C of its own.
+template <class Op>
+Op scratch_of(Op op, const GemmDesc& desc) {
+  const bool swiglu = desc.epilogue == GemmEpilogueKind::kSwiGlu || desc.epilogue == GemmEpilogueKind::kSwiGluBackward;
+  op.c = swiglu ? Tensor::empty({(op.c.defined() ? op.c : op.epilogue.activated).dim(0), desc.n}, desc.c, desc.device)
+                : op.c.clone();
+  op.epilogue = {};
+  return op;
+}
+
 template <class Call>
-void measure(const GemmDesc& desc, Call&& call) {
+void measure(GemmDesc desc, Call&& call) {
   State& s = state();
+  desc.epilogue = GemmEpilogueKind::kNone;
   const std::string key = key_of(desc);
   {
     const std::lock_guard<std::mutex> lock(s.mutex);
@@ -181,17 +195,17 @@ std::string_view tuned_gemm_backend(const GemmDesc& desc) {
 
 void tune_gemm(const Gemm& op, const GemmDesc& desc) {
   if (!state().measure) return;
-  measure(desc, [scratch = op, c = Tensor()](const GemmBackend& backend) mutable {
-    if (!c.defined()) c = scratch.c.clone(), scratch.c = c;
-    backend.dense(scratch);
+  measure(desc, [&, scratch = std::optional<Gemm>()](const GemmBackend& backend) mutable {
+    if (!scratch) scratch = scratch_of(op, desc);
+    backend.dense(*scratch);
   });
 }
 
 void tune_gemm(const GroupedGemmM& op, const GemmDesc& desc) {
   if (!state().measure) return;
-  measure(desc, [scratch = op, c = Tensor()](const GemmBackend& backend) mutable {
-    if (!c.defined()) c = scratch.c.clone(), scratch.c = c;
-    backend.grouped_m(scratch);
+  measure(desc, [&, scratch = std::optional<GroupedGemmM>()](const GemmBackend& backend) mutable {
+    if (!scratch) scratch = scratch_of(op, desc);
+    backend.grouped_m(*scratch);
   });
 }
 

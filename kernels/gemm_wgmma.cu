@@ -5,22 +5,12 @@
 // before it says so on the stage's barrier. Otherwise one thread issues a box of A and one of B for each stage.
 // Each group's matrix has a tensor map; all travel in the kernel's parameters (up to 17 KB: drivers of CUDA 12.1 and later).
 
-#include "kernels/device/ptx_hopper.h"
-#include "kernels/gemm_tiles.h"
+#include "kernels/gemm_wgmma_tiles.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
 namespace {
 
-constexpr int kRows = 128, kDepth = 64;  // kDepth bf16 are one swizzled row of 128 bytes
-constexpr int kStages = 4;
-constexpr int kConsumers = 2, kWarpgroup = 128, kThreads = kWarpgroup * (1 + kConsumers);
-
-template <int kColumns>
-struct Shared {
-  alignas(1024) bf16 a[kStages][kRows * kDepth];
-  alignas(1024) bf16 b[kStages][kColumns * kDepth];  // [column][k], or boxes of 64 columns [k][column]
-  uint64_t full[kStages], free[kStages];
-};
+using namespace wgmma;
 
 struct Maps {
   TensorMap a, b[kMaxLaunchGroups];
@@ -28,23 +18,13 @@ struct Maps {
 
 #ifdef LIGHTMOE_HOPPER_CODE
 
-// Steps of gathered copies in flight. At most kStages - 2: a stage comes free when the multiplication after its own has begun.
-constexpr int kLag = 2;
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-constexpr int kBoxElements = kDepth * kDepth;
-
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  DEVICE_FN void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
+// Where B's rows run along k, the tile is two halves: of SwiGLU's the same columns of gate and of up.
 template <int kColumns, bool kBAlongK>
-DEVICE_FN void load_b(bf16* to, const TensorMap& map, int k, int column, uint64_t* full) {
+DEVICE_FN void load_b(bf16* to, const TensorMap& map, int k, const GemmLaunch& p, int column, uint64_t* full) {
   if constexpr (kBAlongK) {
-    ptx::tma_load_2d(to, map, k, column, full);
+    const bool swiglu = p.epilogue.swiglu();
+    ptx::tma_load_2d(to, map, k, swiglu ? column / 2 : column, full);
+    ptx::tma_load_2d(to + kColumns / 2 * kDepth, map, k, swiglu ? (p.n + column) / 2 : column + kColumns / 2, full);
   } else {
 #pragma unroll
     for (int box = 0; box < kColumns / kDepth; ++box) {
@@ -67,7 +47,7 @@ DEVICE_FN void produce(const GemmLaunch& p, const Maps& maps, Shared<kColumns>& 
       uint64_t* full = &shared.full[ring.stage];
       ptx::mbarrier_arrive_expect_bytes(full, kBytes);
       ptx::tma_load_2d(shared.a[ring.stage], maps.a, k, tile.row, full);
-      load_b<kColumns, kBAlongK>(shared.b[ring.stage], maps.b[tile.group], k, tile.column, full);
+      load_b<kColumns, kBAlongK>(shared.b[ring.stage], maps.b[tile.group], k, p, tile.column, full);
     }
   }
 }
@@ -101,7 +81,8 @@ DEVICE_FN void produce_gathered(const GemmLaunch& p, const Maps& maps, Shared<kC
       ptx::mbarrier_wait(&shared.free[ring.stage], ring.parity ^ 1);
       if (thread == 0) {
         ptx::mbarrier_arrive_expect_bytes(&shared.full[ring.stage], kBytes);
-        load_b<kColumns, kBAlongK>(shared.b[ring.stage], maps.b[tile.group], k, tile.column, &shared.full[ring.stage]);
+        load_b<kColumns, kBAlongK>(shared.b[ring.stage], maps.b[tile.group], k, p, tile.column,
+                                   &shared.full[ring.stage]);
       }
       const int column = k + piece * 8, count = std::clamp(p.k - column, 0, 8);
 #pragma unroll
@@ -138,31 +119,9 @@ DEVICE_FN void multiply_stage(float (&sum)[kColumns / 2], const bf16* a, const b
   }
 }
 
-template <class C, int kColumns>
-DEVICE_FN void update_tile(const GemmLaunch& p, const GemmTile& tile, int first_row, const float (&sum)[kColumns / 2]) {
-  C* matrix = static_cast<C*>(tile.c);
-  const bool together = pairs_aligned(p, matrix);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + warp_id() % 4 * 16 + half * 8 + lane_id() / 4;
-    if (row >= tile.row_end) continue;
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      const int column = tile.column + j * 8 + lane_id() % 4 * 2;
-      if (column >= p.n) continue;
-      update_pair(matrix + row * p.c_stride + column, p.n - column, together, p, sum[4 * j + 2 * half],
-                  sum[4 * j + 2 * half + 1]);
-    }
-  }
-}
-
 template <int kColumns, bool kBAlongK>
 DEVICE_FN void consume(const GemmLaunch& p, Shared<kColumns>& shared, int tiles, int consumer) {
   Ring ring;
-  // One arrival for every warp: wgmma_wait speaks for its own warp.
-  const auto release = [&](int stage) {
-    if (lane_id() == 0) ptx::mbarrier_arrive(&shared.free[stage]);
-  };
   for (int t = static_cast<int>(blockIdx.x); t < tiles; t += static_cast<int>(gridDim.x)) {
     const GemmTile tile = find_tile<kRows, kColumns>(p, t);
     if (tile.empty()) break;
@@ -177,17 +136,13 @@ DEVICE_FN void consume(const GemmLaunch& p, Shared<kColumns>& shared, int tiles,
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();  // all but this step's are complete: the stage before is free
       ptx::wgmma_fence_registers(sum);
-      if (previous >= 0) release(previous);
+      if (previous >= 0) release(&shared.free[previous]);
       previous = ring.stage;
     }
     ptx::wgmma_wait<0>();
     ptx::wgmma_fence_registers(sum);
-    release(previous);
-    if (p.c_type == DType::kBF16) {
-      update_tile<bf16, kColumns>(p, tile, tile.row + consumer * 64, sum);
-    } else {
-      update_tile<float, kColumns>(p, tile, tile.row + consumer * 64, sum);
-    }
+    release(&shared.free[previous]);
+    store_tile<kColumns>(p, tile, consumer, sum);
   }
 }
 
@@ -198,14 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     gemm_wgmma_kernel(const __grid_constant__ GemmLaunch p, const __grid_constant__ Maps maps, int tiles) {
 #ifdef LIGHTMOE_HOPPER_CODE
   auto& shared = shared_memory<Shared<kColumns>>();
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(&shared.full[s], kGather ? kWarpgroup + 1 : 1);
-      ptx::mbarrier_init(&shared.free[s], kConsumers * 4);
-    }
-    ptx::fence_mbarrier_init();
-  }
-  sync_block();
+  prepare_ring(shared, kGather ? kWarpgroup + 1 : 1);
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (warpgroup == 0) {
     ptx::decrease_registers<kProducerRegisters>();
@@ -224,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kColumns>
 TensorMap map_of_b(const GemmLaunch& p, const void* matrix) {
   const int64_t row_bytes = p.b.stride * static_cast<int64_t>(sizeof(bf16));
-  if (p.trans_b) return make_tensor_map({matrix, p.n, p.k, row_bytes, kColumns, kDepth});
+  if (p.trans_b) return make_tensor_map({matrix, p.n, p.k, row_bytes, kColumns / 2, kDepth});
   return make_tensor_map({matrix, p.k, p.n, row_bytes, kDepth, kDepth});
 }
 
@@ -242,12 +190,14 @@ void multiply_tiles(const GemmLaunch& p) {
   const Launch config{.blocks = {static_cast<uint32_t>(std::min(tiles, multiprocessors()))},
                       .threads = {kThreads},
                       .shared_bytes = sizeof(Shared<kColumns>)};
-  const auto with = [&]<bool kGather>() {
-    if (p.trans_b) return launch<gemm_wgmma_kernel<kColumns, kGather, true>>(config, p, maps, tiles);
-    launch<gemm_wgmma_kernel<kColumns, kGather, false>>(config, p, maps, tiles);
-  };
-  if (p.a.rows != nullptr) return with.template operator()<true>();
-  with.template operator()<false>();
+  with_dots(p, kColumns, [&](const GemmLaunch& launched) {
+    const auto with = [&]<bool kGather>() {
+      if (p.trans_b) return launch<gemm_wgmma_kernel<kColumns, kGather, true>>(config, launched, maps, tiles);
+      launch<gemm_wgmma_kernel<kColumns, kGather, false>>(config, launched, maps, tiles);
+    };
+    if (p.a.rows != nullptr) return with.template operator()<true>();
+    with.template operator()<false>();
+  });
 }
 
 void multiply(const std::vector<GemmLaunch>& launches) {
@@ -257,10 +207,10 @@ void multiply(const std::vector<GemmLaunch>& launches) {
   }
 }
 
-// A's rows run along k, so no weight gradients. sm_90a code runs on compute capability 9.0 only.
+// Dense products with A^T are nobody's weight gradient here (those are GroupedGemmK's). sm_90a code runs on compute capability 9.0 only.
 bool supports(const GemmDesc& desc) {
-  return desc.device == kDevice && desc.kind != GemmKind::kGroupedK && !desc.trans_a && desc.a == DType::kBF16 &&
-         desc.b == DType::kBF16 && desc.c != DType::kF64 && desc.k > 0 && desc.alignment == 16 &&
+  return desc.device == kDevice && (desc.kind == GemmKind::kGroupedK || (!desc.trans_a && desc.k > 0)) &&
+         desc.a == DType::kBF16 && desc.b == DType::kBF16 && desc.c != DType::kF64 && desc.alignment == 16 &&
          compute_capability() == 90;
 }
 double cost(const GemmDesc& desc) {
@@ -269,13 +219,13 @@ double cost(const GemmDesc& desc) {
          std::max(tiled_flops(desc, kRows, 128) / kFlopsPerMicrosecond, bytes_moved(desc) / kBytesPerMicrosecond);
 }
 
-const RegisterGemmBackend wgmma{{
+const RegisterGemmBackend registered{{
     .name = "wgmma",
     .supports = &supports,
     .cost = &cost,
     .dense = [](const Gemm& op) { multiply(launches_of(op)); },
     .grouped_m = [](const GroupedGemmM& op) { multiply(launches_of(op)); },
-    .grouped_k = nullptr,
+    .grouped_k = [](const GroupedGemmK& op) { multiply_k_wgmma(launches_of(op)); },
 }};
 
 }  // namespace

@@ -236,6 +236,11 @@ const RegisterKernel<RouterBackward> register_backward{DeviceKind::kCpu, &backwa
 }  // namespace
 
 void run(const Router& op) {
+  check_router(op);
+  dispatch(op, op.x.device(), "router");
+}
+
+void check_router(const Router& op) {
   require(op.x.rank() == 2, "router: x is {}, expected [T, D]", op.x.shape());
   require(op.w.rank() == 2, "router: w is {}, expected [E, D]", op.w.shape());
   const int64_t rows = op.x.dim(0), count = op.w.dim(0);
@@ -253,7 +258,6 @@ void run(const Router& op) {
     }
   }
   require(op.top_k >= 1 && op.top_k <= kept, "router: top_k is {} with {} of {} slots kept", op.top_k, kept, count);
-  dispatch(op, op.x.device(), "router");
 }
 
 void run(const RouterBackward& op) {

@@ -1,18 +1,19 @@
-#include "kernels/router.h"
+#include "kernels/router_dispatch.h"
 
 #include "kernels/access.h"
 #include "kernels/device/reduce.h"
 #include "kernels/device/vector.h"
+#include "kernels/dispatch_device.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
 namespace {
 
 constexpr int kWarps = 8;  // of a block of the forward kernel
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTokens = 32;     // of that block
-constexpr int kTileSlots = 64;  // whose logits are summed at once
-constexpr int kDepth = 16;      // columns of x a warp takes at a time
-constexpr int kSide = 64;       // of the backward products' tiles
+constexpr int kTokens = kDispatchTokens;  // of that block
+constexpr int kTileSlots = 64;            // whose logits are summed at once
+constexpr int kDepth = 16;                // columns of x a warp takes at a time
+constexpr int kSide = 64;                 // of the backward products' tiles
 constexpr int kSideDepth = 16;
 constexpr int kChunkTokens = 1024;  // whose part of dw one block adds up
 constexpr int kMaxSlots = 1024;     // 32 for each lane: the chosen ones are bits of a word
@@ -133,13 +134,32 @@ DEVICE_FN void choose(const float* probs, const uint8_t* removed, const RouterSi
   for (int k = lane_id(); n.renormalize && k < n.top_k; k += 32) gates[k] /= sum;
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kThreads) router_kernel(const T* x, const W* w, const uint8_t* removed, float* logits,
-                                                          float* probs, int32_t* slots, float* gates, RouterSizes n) {
+// What the block's tokens chose, in the dispatch plan: counts of the chunk, or the whole plan where there is no other chunk.
+DEVICE_FN void dispatch_chosen(const DispatchLaunch& plan, const int32_t* slots) {
+  sync_block();  // all slots are chosen, and nobody reads the logits' tiles any more
+  auto& shared = shared_memory<DispatchShared>();
+  const int chunk = static_cast<int>(blockIdx.x);
+  dispatch_count(plan.table, plan.n, slots, chunk, shared);
+  if (plan.counts != nullptr) {
+    for (int b = static_cast<int>(threadIdx.x); b < plan.n.bins(); b += kThreads) {
+      plan.counts[static_cast<int64_t>(b) * plan.n.chunks + chunk] = shared.count[b];
+    }
+  } else if (warp_id() == 0) {
+    dispatch_offsets(plan.table, plan.n, plan.offsets, shared);
+    sync_warp();
+    dispatch_place(plan.n, slots, chunk, plan.offsets, nullptr, 0, plan.lists, shared);
+  }
+}
+
+template <class T, class W, bool kDispatch>
+__global__ void __launch_bounds__(kThreads)
+    router_kernel(const T* x, const W* w, const uint8_t* removed, float* logits, float* probs, int32_t* all_slots,
+                  float* gates, RouterSizes n, const __grid_constant__ DispatchLaunch plan) {
   auto& tiles = shared_memory<LogitTiles>();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
   const int rows = static_cast<int>(std::min<int64_t>(kTokens, n.tokens - first));
-  logits += first * n.slots, probs += first * n.slots, slots += first * n.top_k, gates += first * n.top_k;
+  logits += first * n.slots, probs += first * n.slots, gates += first * n.top_k;
+  int32_t* slots = all_slots + first * n.top_k;
   for (int slot = 0; slot < n.slots; slot += kTileSlots) {
     const int count = std::min(int{kTileSlots}, n.slots - slot);
     logits_tile(x + first * n.width, w + static_cast<int64_t>(slot) * n.width, rows, count, n.width, n.aligned, tiles);
@@ -153,6 +173,7 @@ __global__ void __launch_bounds__(kThreads) router_kernel(const T* x, const W* w
     softmax_kept(logits + row * n.slots, removed, n.slots, probs + row * n.slots);
     choose(probs + row * n.slots, removed, n, slots + row * n.top_k, gates + row * n.top_k);
   }
+  if constexpr (kDispatch) dispatch_chosen(plan, all_slots);
 }
 
 // --- backward --------------------------------------------------------------------------------------
@@ -246,8 +267,8 @@ __global__ void __launch_bounds__(256) add_chunks_kernel(const float* partial, W
 
 uint32_t tiles_of(int64_t count) { return static_cast<uint32_t>(ceil_div(count, kSide)); }
 
-template <class T, class W>
-void forward(const Router& op) {
+template <class T, class W, bool kDispatch>
+void forward(const Router& op, const DispatchLaunch& plan) {
   const T* x = op.x.data<T>();
   const W* w = op.w.data<W>();
   const RouterSizes n{.tokens = static_cast<int>(op.x.dim(0)),
@@ -258,12 +279,12 @@ void forward(const Router& op) {
                       .aligned = aligned_rows(op.x.dim(1), x) && aligned_rows(op.x.dim(1), w)};
   check(n.slots <= kMaxSlots, ErrorKind::kDevice, "router: {} slots, on {} at most {}", n.slots, name_of(kDevice),
         kMaxSlots);
-  launch<router_kernel<T, W>>({.blocks = {static_cast<uint32_t>(ceil_div(n.tokens, kTokens))},
-                               .threads = {kThreads},
-                               .shared_bytes = sizeof(LogitTiles)},
-                              x, w, op.removed.defined() ? op.removed.data<uint8_t>() : nullptr,
-                              op.logits.data<float>(), op.probs.data<float>(), op.slots.data<int32_t>(),
-                              op.gates.data<float>(), n);
+  launch<router_kernel<T, W, kDispatch>>(
+      {.blocks = {static_cast<uint32_t>(ceil_div(n.tokens, kTokens))},
+       .threads = {kThreads},
+       .shared_bytes = std::max(sizeof(LogitTiles), kDispatch ? dispatch_shared_bytes(op.top_k) : 0)},
+      x, w, op.removed.defined() ? op.removed.data<uint8_t>() : nullptr, op.logits.data<float>(),
+      op.probs.data<float>(), op.slots.data<int32_t>(), op.gates.data<float>(), n, plan);
 }
 
 template <class T, class W>
@@ -314,13 +335,22 @@ void backward(const RouterBackward& op) {
 
 void forward_device(const Router& op) {
   visit_device_floating("router", op.x.dtype(), [&]<class T>() {
-    visit_weight<T>("router", op.w.dtype(), [&]<class W>() { forward<T, W>(op); });
+    visit_weight<T>("router", op.w.dtype(), [&]<class W>() { forward<T, W, false>(op, DispatchLaunch{}); });
   });
+}
+void forward_dispatch_device(const RouterDispatch& op) {
+  Tensor counts;
+  const DispatchLaunch plan = dispatch_launch(op.fill, counts);
+  visit_device_floating("router", op.router.x.dtype(), [&]<class T>() {
+    visit_weight<T>("router", op.router.w.dtype(), [&]<class W>() { forward<T, W, true>(op.router, plan); });
+  });
+  finish_dispatch(plan, op.router.slots.data<int32_t>());
 }
 void backward_device(const RouterBackward& op) {
   visit_device_floating("router_backward", op.x.dtype(), [&]<class T>() { backward<T>(op); });
 }
 const RegisterKernel<Router> register_forward{kDevice, &forward_device};
+const RegisterKernel<RouterDispatch> register_dispatch{kDevice, &forward_dispatch_device};
 const RegisterKernel<RouterBackward> register_backward{kDevice, &backward_device};
 
 }  // namespace

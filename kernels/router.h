@@ -47,6 +47,7 @@ struct LoadBalanceBackward {
   std::vector<Tensor> dprobs;
 };
 void run(const Router& op);
+void check_router(const Router& op);  // what run checks
 void run(const RouterBackward& op);
 void run(const LoadBalance& op);
 void run(const LoadBalanceBackward& op);

@@ -2,7 +2,9 @@
 
 #include "kernels/indexing.h"
 #include "model/moe_extension.h"
+#include "model/moe_groups.h"
 #include "model/moe_op.h"
+#include "model/moe_widths.h"
 #include "runtime/trace.h"
 
 namespace lightmoe {
@@ -73,10 +75,15 @@ MoeHalf moe_half(Tape& tape, Residual in, const Block& block, const BlockContext
   const MoeLayer& layer = block.moe;
   Normed normed = norm_of(tape, std::move(in), block.post_attention_norm, context);
   Var n = std::move(normed.y);
-  MoeHalf half{
-      .out = {},
-      .routing = router(tape, n, layer.router, removed_mask(layer),
-                        experts_per_token(context.routing, config.num_experts_per_token), config.norm_topk_prob)};
+  // The router makes the dispatch plan as well, unless the slots change before they are dispatched.
+  const MoeGroups groups(layer, moe_execution().base_once);
+  const DispatchGroups dispatched{groups.group_of_slot, std::ssize(groups.groups)};
+  const bool plans =
+      context.routing == nullptr && layer.extension == nullptr && groups.lane_of_slot.empty() && has_one_width(layer);
+  MoeHalf half{.out = {},
+               .routing = router(tape, n, layer.router, removed_mask(layer),
+                                 experts_per_token(context.routing, config.num_experts_per_token),
+                                 config.norm_topk_prob, plans ? &dispatched : nullptr)};
   Routing& r = half.routing;
   if (context.observer != nullptr && context.observer->on_router) {
     context.observer->on_router({.layer = context.layer,
@@ -94,10 +101,15 @@ MoeHalf moe_half(Tape& tape, Residual in, const Block& block, const BlockContext
   if (context.slot_weights != nullptr) {
     r.gates = weighted_by_slot(tape, r.gates, r.slots, (*context.slot_weights)[static_cast<size_t>(context.layer)]);
   }
-  const auto experts = [&layer, slots = r.slots, compute = context.compute, routing = context.routing](
-                           Tape& t, const std::vector<Var>& in) {
-    const MoeResult result = run_moe(
-        t, {.x = in[0], .layer = layer, .slots = slots, .gates = in[1], .compute = compute, .routing = routing});
+  const auto experts = [&layer, slots = r.slots, plan = std::exchange(r.plan, {}), compute = context.compute,
+                        routing = context.routing](Tape& t, const std::vector<Var>& in) {
+    const MoeResult result = run_moe(t, {.x = in[0],
+                                         .layer = layer,
+                                         .slots = slots,
+                                         .gates = in[1],
+                                         .compute = compute,
+                                         .routing = routing,
+                                         .plan = plan ? &*plan : nullptr});
     return result.open.value.defined() ? std::vector<Var>{result.y, result.open} : std::vector<Var>{result.y};
   };
   std::vector<Var> y =

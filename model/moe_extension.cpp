@@ -17,8 +17,9 @@ Var beside_experts(Tape& tape, const MoeCall& call, const Var& side) {
 
 MoeResult run_moe(Tape& tape, const MoeCall& call) {
   const MoeExtension* extension = call.layer.extension.get();
-  if (extension == nullptr)
-    return {.y = moe_experts(tape, call.x, call.layer, call.slots, call.gates, call.compute), .open = {}};
+  if (extension == nullptr) {
+    return {.y = moe_experts(tape, call.x, call.layer, call.slots, call.gates, call.compute, call.plan), .open = {}};
+  }
   const ExtensionKind& kind = find_extension(extension->shape().kind);
   check(call.x.value.device() == DeviceKind::kCpu, ErrorKind::kDevice, "extension {} runs on the CPU only, not on {}",
         kind.name, name_of(call.x.value.device()));

@@ -19,6 +19,7 @@
 
 namespace lightmoe {
 
+struct DispatchPlan;
 struct RoutingOptions;
 
 struct MoeCall {
@@ -28,6 +29,7 @@ struct MoeCall {
   Var gates;     // [T,K]
   GemmCompute compute = GemmCompute::kF32;
   const RoutingOptions* routing = nullptr;  // of inference
+  const DispatchPlan* plan = nullptr;       // of these slots, where the router made it (model/moe_op.h)
 };
 struct MoeResult {
   Var y;  // [T,D]

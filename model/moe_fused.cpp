@@ -19,7 +19,8 @@ DType rows_type(DType x, GemmCompute compute) {
 
 class MoeFused : private MoePass {
  public:
-  MoeFused(const MoeLayer& layer, GemmCompute compute, const Var& x, const Tensor& slots, const Tensor& gates);
+  MoeFused(const MoeLayer& layer, GemmCompute compute, const Var& x, const Tensor& slots, const Tensor& gates,
+           const DispatchPlan* plan);
   Tensor forward(const Tensor& x, bool keep);
   bool reads_x() const { return rank_ > 0 || any_trainable(groups_, ExpertHalf::kGateUp); }
   // dx undefined: x needs no gradient. Returns the gradient of the gates.
@@ -39,14 +40,23 @@ class MoeFused : private MoePass {
   void chain_gradients(const Tensor& ds, const Tensor& e) const;
   std::vector<ParameterPtr> trained(Member member) const;
 
+  // Marks groups of one lane without adapter.
+  void find_simple_groups();
+  bool any_group(uint8_t mark) const { return std::find(simple_.begin(), simple_.end(), mark) != simple_.end(); }
+  GemmEpilogue epilogue(GemmEpilogueKind kind) const {
+    return {.kind = kind, .scales = gates_, .scale_rows = plan_.visit_index, .h = {}, .activated = {}, .dots = {}};
+  }
+
   std::vector<Adapter> adapters_;  // in plan.slot_order; null members: none
+  std::vector<uint8_t> simple_;    // [G]
   AdapterMatrices matrices_;
   int64_t rank_ = 0;  // the largest
   Tensor h0_, u_, w_;
 };
 
-MoeFused::MoeFused(const MoeLayer& layer, GemmCompute compute, const Var& x, const Tensor& slots, const Tensor& gates)
-    : MoePass(layer, compute, rows_type(x.value.dtype(), compute), slots, gates) {
+MoeFused::MoeFused(const MoeLayer& layer, GemmCompute compute, const Var& x, const Tensor& slots, const Tensor& gates,
+                   const DispatchPlan* plan)
+    : MoePass(layer, compute, rows_type(x.value.dtype(), compute), slots, gates, plan) {
   for (const int32_t slot : plan_.slot_order) {
     const auto s = static_cast<size_t>(slot);
     const bool merged_away = !groups_.lane_of_slot.empty() && groups_.lane_of_slot[s] != slot;
@@ -55,6 +65,23 @@ MoeFused::MoeFused(const MoeLayer& layer, GemmCompute compute, const Var& x, con
     if (adapter >= 0) rank_ = std::max(rank_, adapters_.back().rank());
   }
   matrices_ = {values(&Adapter::b_gate), values(&Adapter::b_up), values(&Adapter::a_down)};
+  find_simple_groups();
+}
+
+void MoeFused::find_simple_groups() {
+  for (size_t g = 0; g < groups_.groups.size(); ++g) {
+    int lanes = 0;
+    bool adapted = groups_.groups[g].bank.gate_up == nullptr || groups_.groups[g].bank.down == nullptr;
+    for (auto i = static_cast<size_t>(plan_.group_positions[g]); i < static_cast<size_t>(plan_.group_positions[g + 1]);
+         ++i) {
+      const int32_t slot = plan_.slot_order[i];
+      const auto s = static_cast<size_t>(slot);
+      if (!groups_.lane_of_slot.empty() && groups_.lane_of_slot[s] != slot) continue;
+      ++lanes;
+      adapted = adapted || groups_.adapter_of_slot[s] >= 0;
+    }
+    simple_.push_back(lanes == 0 || (lanes == 1 && !adapted));
+  }
 }
 
 std::vector<Tensor> MoeFused::values(Member member) const {
@@ -116,11 +143,23 @@ void MoeFused::pair_gradient(Member member, const GroupedGemmK& product) const {
 
 Tensor MoeFused::forward(const Tensor& x, bool keep) {
   const TraceRange trace(TraceLevel::kOp, "moe.experts", plan_.num_pairs);
-  const Tensor rows = as_rows(x), h0 = visit_rows(2 * width_), u = pair_rows(2 * rank_), w = pair_rows(rank_);
-  visit_product(rows, plan_.visit_token, ExpertHalf::kGateUp, true, h0);
-  pair_product(rows, &Adapter::a_gate_up, true, u);
+  const bool chained = any_group(0);
+  const Tensor rows = as_rows(x), h0 = keep || chained ? visit_rows(2 * width_) : Tensor(), u = pair_rows(2 * rank_),
+               w = pair_rows(rank_);
   const Tensor s = empty(plan_.num_visits, width_);
-  run(AdapterChain{.plan = plan_, .adapters = matrices_, .h0 = h0, .u = u, .gates = gates_, .s = s, .w = w});
+  GroupedGemmM gate_up{.a = rows, .a_rows = plan_.visit_token, .offsets = {}, .b = {}, .c = h0, .trans_b = true};
+  if (chained) {
+    visit_product(gate_up, ExpertHalf::kGateUp, {simple_, 0});
+    pair_product(rows, &Adapter::a_gate_up, true, u);
+    run(AdapterChain{
+        .plan = plan_, .adapters = matrices_, .h0 = h0, .u = u, .gates = gates_, .s = s, .w = w, .done = simple_});
+  }
+  if (any_group(1)) {
+    if (!keep) gate_up.c = {};
+    gate_up.epilogue = epilogue(GemmEpilogueKind::kSwiGlu);
+    gate_up.epilogue.activated = s;
+    visit_product(gate_up, ExpertHalf::kGateUp, {simple_, 1});
+  }
   if (keep) h0_ = h0, u_ = u, w_ = w;
   const Tensor y = Tensor::empty(x.shape(), x.dtype()), visits = visit_rows(x.dim(1));
   visit_product(s, {}, ExpertHalf::kDown, true, visits);
@@ -156,22 +195,32 @@ void MoeFused::chain_gradients(const Tensor& ds, const Tensor& e) const {
 Tensor MoeFused::backward(const Tensor& x_value, const Tensor& dy_value, const Tensor& dx, bool accumulate_dx) {
   const TraceRange trace(TraceLevel::kOp, "moe.experts.backward", plan_.num_pairs);
   const Tensor dy = as_rows(dy_value), dgates = Tensor::zeros(gates_.shape(), gates_.dtype());
-  const Tensor ds = visit_rows(width_), e = pair_rows(rank_), du = pair_rows(2 * rank_);
-  visit_product(dy, plan_.visit_token, ExpertHalf::kDown, false, ds);
-  pair_product(dy, &Adapter::b_down, false, e);
-  const bool train_down = any_trainable(groups_, ExpertHalf::kDown);
+  const bool train_down = any_trainable(groups_, ExpertHalf::kDown), chained = any_group(0);
+  const Tensor ds = chained ? visit_rows(width_) : Tensor(), e = pair_rows(rank_), du = pair_rows(2 * rank_);
   const Tensor dh0 = empty(plan_.num_visits, 2 * width_), s = train_down ? empty(plan_.num_visits, width_) : Tensor();
-  run(AdapterChainBackward{.plan = plan_,
-                           .adapters = matrices_,
-                           .h0 = h0_,
-                           .u = u_,
-                           .gates = gates_,
-                           .ds = ds,
-                           .e = e,
-                           .dh0 = dh0,
-                           .du = du,
-                           .dgates = dgates,
-                           .s = s});
+  GroupedGemmM down{.a = dy, .a_rows = plan_.visit_token, .offsets = {}, .b = {}, .c = ds};
+  if (chained) {
+    visit_product(down, ExpertHalf::kDown, {simple_, 0});
+    pair_product(dy, &Adapter::b_down, false, e);
+    run(AdapterChainBackward{.plan = plan_,
+                             .adapters = matrices_,
+                             .h0 = h0_,
+                             .u = u_,
+                             .gates = gates_,
+                             .ds = ds,
+                             .e = e,
+                             .dh0 = dh0,
+                             .du = du,
+                             .dgates = dgates,
+                             .s = s,
+                             .done = simple_});
+  }
+  if (any_group(1)) {
+    down.c = dh0;
+    down.epilogue = epilogue(GemmEpilogueKind::kSwiGluBackward);
+    down.epilogue.h = h0_, down.epilogue.activated = s, down.epilogue.dots = dgates;
+    visit_product(down, ExpertHalf::kDown, {simple_, 1});
+  }
   if (constants_->any()) constants_->backward(dy_value, gates_, dgates);
   if (train_down) weight_gradient(ExpertHalf::kDown, {.a = dy, .a_rows = plan_.visit_token, .b = s});
   pair_gradient(&Adapter::b_down, {.a = dy, .a_rows = plan_.pair_token, .b = w_});
@@ -222,10 +271,10 @@ bool takes_fused(const MoeLayer& layer, DeviceKind device) {
 }
 
 Var moe_experts_fused(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& slots, const Var& gates,
-                      GemmCompute compute) {
+                      GemmCompute compute, const DispatchPlan* plan) {
   const bool needs = x.needs_grad() || gates.needs_grad() || any_trainable(layer);
   const bool keep = tape.recording() && needs;
-  const auto pass = std::make_shared<MoeFused>(layer, compute, x, slots, gates.value);
+  const auto pass = std::make_shared<MoeFused>(layer, compute, x, slots, gates.value, plan);
   const Var y = Tape::output(pass->forward(x.value, keep), needs);
   if (!keep) return y;
   tape.record(y, [pass, x = pass->reads_x() ? Saved(x) : Saved(), dx = x.grad, dgates = gates.grad](const Tensor& dy) {

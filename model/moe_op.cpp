@@ -16,8 +16,9 @@ namespace {
 
 class MoeRun : private MoePass {
  public:
-  MoeRun(const MoeLayer& layer, GemmCompute compute, const Tensor& x, const Tensor& slots, const Tensor& gates)
-      : MoePass(layer, compute, x.dtype(), slots, gates), x_(x), hidden_(x.dim(1)) {
+  MoeRun(const MoeLayer& layer, GemmCompute compute, const Tensor& x, const Tensor& slots, const Tensor& gates,
+         const DispatchPlan* plan)
+      : MoePass(layer, compute, x.dtype(), slots, gates, plan), x_(x), hidden_(x.dim(1)) {
     if (pairs_are_visits()) bound_pairs_by_visits();
     low_rank_ = LowRankTerms::of(layer, groups_.adapter_of_slot, plan_, compute);
     latents_.emplace(layer, chosen_, plan_, compute);
@@ -156,25 +157,27 @@ Tensor MoeRun::backward(const Tensor& x, const Tensor& dy, const Tensor& dx, boo
 }  // namespace
 
 Var moe_experts(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& slots, const Var& gates,
-                GemmCompute compute) {
+                GemmCompute compute, const DispatchPlan* plan) {
   const MoeFusion fused = moe_execution().fused;
   const bool wanted = fused == MoeFusion::kOn || (fused == MoeFusion::kAutomatic && slots.device() != DeviceKind::kCpu);
-  if (wanted && takes_fused(layer, slots.device())) return moe_experts_fused(tape, x, layer, slots, gates, compute);
+  if (wanted && takes_fused(layer, slots.device())) {
+    return moe_experts_fused(tape, x, layer, slots, gates, compute, plan);
+  }
   const bool needs = x.needs_grad() || gates.needs_grad() || any_trainable(layer);
   const bool keep = tape.recording() && needs;
   std::vector<std::shared_ptr<MoeRun>> passes;
   Tensor sum;
   bool reads_x = false;
-  const auto add = [&](const MoeLayer& part) {
-    const auto pass = std::make_shared<MoeRun>(part, compute, x.value, slots, gates.value);
+  const auto add = [&](const MoeLayer& part, const DispatchPlan* own_plan) {
+    const auto pass = std::make_shared<MoeRun>(part, compute, x.value, slots, gates.value, own_plan);
     sum = pass->forward(keep, sum);
     reads_x = reads_x || pass->reads_x();
     if (keep) passes.push_back(pass);
   };
   if (has_one_width(layer)) {
-    add(layer);
+    add(layer, plan);
   } else {
-    for (const MoeLayer& part : split_by_width(layer, slots)) add(part);
+    for (const MoeLayer& part : split_by_width(layer, slots)) add(part, nullptr);
   }
   const Var y = Tape::output(sum, needs);
   if (!keep) return y;

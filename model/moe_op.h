@@ -2,16 +2,18 @@
 // Forward and backward of the experts of one MoE layer on its slot table (equations in model/moe.h), differentiable.
 //   y[t] = sum_k gates[t,k] f_{slots[t,k]}(x[t])
 // x, y [T,D] f32 or f64; slots i32 [T,K]; gates [T,K]. A slot that was masked (removed) is never in `slots`.
+// plan: of these slots and the layer's groups (MoeGroups), where the router has made it (kernels/router_dispatch.h); null: made here.
 // Kept for backward: x (rebuilt from the norm before it), gates, the plan, h [P,2F] after its low-rank terms and what is R wide; SwiGLU is recomputed from h.
 // Frozen experts get no weight product. The layer must not change between forward and backward.
 
 #include "autograd/ops.h"
+#include "kernels/dispatch_plan.h"
 #include "model/moe.h"
 
 namespace lightmoe {
 
 Var moe_experts(Tape& tape, const Var& x, const MoeLayer& layer, const Tensor& slots, const Var& gates,
-                GemmCompute compute);
+                GemmCompute compute, const DispatchPlan* plan = nullptr);
 
 // How layers run, for the process. base_once: rule 1 of model/moe.h; without it every slot runs the expert it points to for itself, as
 // other systems do (for comparison; the same function). fused: in few kernels where the layer allows (model/moe_fused.h); automatic means

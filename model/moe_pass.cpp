@@ -41,10 +41,14 @@ void run_grouped(GroupedGemmM op) {
   }
 }
 
-MoePass::MoePass(const MoeLayer& layer, GemmCompute compute, DType rows, const Tensor& slots, const Tensor& gates)
+MoePass::MoePass(const MoeLayer& layer, GemmCompute compute, DType rows, const Tensor& slots, const Tensor& gates,
+                 const DispatchPlan* plan)
     : groups_(layer, moe_execution().base_once), compute_(compute), dtype_(rows), gates_(gates), chosen_(slots) {
-  if (!groups_.lane_of_slot.empty()) merge(slots);
-  plan_ = make_dispatch_plan(chosen_, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
+  const bool merges = !groups_.lane_of_slot.empty();
+  if (merges) merge(slots);
+  plan_ = plan != nullptr && !merges
+              ? *plan
+              : make_dispatch_plan(chosen_, groups_.group_of_slot, static_cast<int64_t>(groups_.groups.size()));
   constants_.emplace(layer, chosen_);
   width_ = slot_width(layer);
   bank_width_ = expert_width(layer) > 0 ? expert_width(layer) : width_;
@@ -66,14 +70,20 @@ void MoePass::merge(const Tensor& slots) {
 
 void MoePass::visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf half, bool trans_b,
                             const Tensor& c) const {
-  GroupedGemmM op{
-      .a = a, .a_rows = a_rows, .offsets = plan_.group_offsets, .c = c, .trans_b = trans_b, .compute = compute_};
-  const bool by_halves = half == ExpertHalf::kGateUp && bank_width_ < width_;
+  const std::vector<uint8_t> all(groups_.groups.size(), 1);
+  visit_product({.a = a, .a_rows = a_rows, .offsets = {}, .b = {}, .c = c, .trans_b = trans_b}, half, {all, 1});
+}
+
+void MoePass::visit_product(GroupedGemmM op, ExpertHalf half, const SomeGroups& some) const {
+  op.offsets = plan_.group_offsets, op.compute = compute_;
+  const bool by_halves = half == ExpertHalf::kGateUp && bank_width_ < width_;  // never of fused layers
   use_group_weights(groups_, plan_, half, dtype_ == DType::kBF16 ? DType::kF32 : dtype_,
                     [&](const std::vector<Tensor>& weights) {
-                      if (by_halves) return halves_product(op, weights);
                       op.b = weights;
-                      run_grouped(op);
+                      for (size_t g = 0; g < op.b.size(); ++g) {
+                        if (some.marks[g] != some.wanted) op.b[g] = Tensor();
+                      }
+                      by_halves ? halves_product(op, op.b) : run_grouped(op);
                       op.b.clear();  // blends go before the next ones come
                     });
 }

@@ -15,8 +15,9 @@ void run_grouped(GroupedGemmM op);
 
 class MoePass {
  protected:
-  // rows: the type of activations within the pass.
-  MoePass(const MoeLayer& layer, GemmCompute compute, DType rows, const Tensor& slots, const Tensor& gates);
+  // rows: the type of activations within the pass. plan: of slots, or null.
+  MoePass(const MoeLayer& layer, GemmCompute compute, DType rows, const Tensor& slots, const Tensor& gates,
+          const DispatchPlan* plan);
 
   Tensor empty(int64_t rows, int64_t width) const { return Tensor::empty({rows, width}, dtype_); }
   // Rows that a grouped product over the visits writes; zero first where groups stand for W = 0 or experts for fewer units.
@@ -25,6 +26,12 @@ class MoePass {
                                               : empty(plan_.num_visits, width);
   }
   void visit_product(const Tensor& a, const Tensor& a_rows, ExpertHalf half, bool trans_b, const Tensor& c) const;
+  // The same for the groups marked by `wanted` in `marks`.
+  struct SomeGroups {
+    const std::vector<uint8_t>& marks;
+    uint8_t wanted;
+  };
+  void visit_product(GroupedGemmM op, ExpertHalf half, const SomeGroups& some) const;
   // op: a, b and their rows.
   void weight_gradient(ExpertHalf half, GroupedGemmK op) const;
   // Gradient of the gates the pass was given, from that of the merged ones.

@@ -6,6 +6,7 @@
 #include "autograd/extension_ops.h"
 #include "model/block.h"
 #include "model/training_pass.h"
+#include "runtime/device_room.h"
 #include "runtime/trace.h"
 
 namespace lightmoe {
@@ -61,6 +62,9 @@ KvCache::KvCache(const OlmoeConfig& config, int64_t sequences, int64_t max, DTyp
     : lengths(static_cast<size_t>(sequences), 0), max_length(max) {
   const MemoryScope scope(MemoryCategory::kKvCache);
   const Shape shape{sequences * max_length, config.num_kv_heads * config.head_dim()};
+  require_device_room(2 * config.num_layers * shape.numel() * static_cast<int64_t>(size_of(dtype)),
+                      fmt::format("the cache of keys and values of {} sequences of {} tokens", sequences, max_length),
+                      "generate fewer sequences or tokens at a time");
   for (int64_t l = 0; l < config.num_layers; ++l) {
     k.push_back(Tensor::empty(shape, dtype));
     v.push_back(Tensor::empty(shape, dtype));

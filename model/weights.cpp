@@ -6,6 +6,7 @@
 
 #include "model/moe_extension.h"
 #include "model/random_weights.h"
+#include "runtime/device_room.h"
 
 namespace lightmoe {
 namespace {
@@ -239,6 +240,9 @@ std::unique_ptr<Olmoe> declare_model(const OlmoeConfig& config, const std::vecto
 }
 
 void allocate_weights(Olmoe& model, DType dtype) {
+  require_device_room(model.num_parameters() * static_cast<int64_t>(size_of(dtype)),
+                      fmt::format("a model of {} parameters in {}", model.num_parameters(), name_of(dtype)),
+                      "choose a smaller type (--dtype bf16) or a compressed model");
   const MemoryScope scope(MemoryCategory::kWeights);
   for (const ParameterPtr& p : model.parameters()) p->value = Tensor::empty(p->value.shape(), dtype);
 }

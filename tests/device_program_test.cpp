@@ -118,6 +118,21 @@ TEST_F(DeviceProgram, ACompressedModelIsRecoveredAndUsed) {
                 "-o",           path(device)});
     on(device, {"eval", path("cpu"), "--tokens", kInput, "--reference", kModel, "--out", path(device + ".json")});
   }
+  // What compares executions changes no result.
+  on("sim", {"dump", path("cpu.half"), "--input", kInput, "--out", path("whole"), "--gradients"});
+  for (const std::vector<std::string>& way :
+       {std::vector<std::string>{"--base-once", "off"}, {"--moe-fused", "off"}, {"--dispatch-sort", "radix"}}) {
+    std::vector<std::string> arguments = {"dump",  path("cpu.half"), "--input",    kInput,
+                                          "--out", path(way[0]),     "--gradients"};
+    arguments.insert(arguments.end(), way.begin(), way.end());
+    on("sim", arguments);
+    expect_close_files(path("whole"), path(way[0]), 1e-5);
+  }
+  const ProgramResult refused =
+      run_lightmoe({"recover", path("cpu.half"), "--base", kModel, "--tokens", kInput, "--steps", "4", "--length", "13",
+                    "--device", "sim", "--max-gpu-memory", "2MiB", "-o", path("too-large")});
+  EXPECT_EQ(refused.exit_code, 5) << refused.err;
+  EXPECT_NE(refused.err.find("a training step (weights "), std::string::npos) << refused.err;
   expect_close_files(path("cpu.stats"), path("sim.stats"), 1e-4);
   EXPECT_EQ(testing::get_file(path("cpu.half") + "/model.safetensors"),
             testing::get_file(path("sim.half") + "/model.safetensors"));
@@ -129,6 +144,21 @@ TEST_F(DeviceProgram, ACompressedModelIsRecoveredAndUsed) {
     if (!value.is_object() || !value.contains("value")) continue;
     const double number = value.at("value");
     EXPECT_NEAR(actual.at(name).at("value").get<double>(), number, 1e-4 * std::abs(number) + 1e-6) << name;
+  }
+}
+
+TEST_F(DeviceProgram, RefusesUnknownExecutions) {
+  const std::vector<std::pair<std::vector<std::string>, std::string>> wrong = {
+      {{"--base-once", "maybe"}, "expected one of on, off"},
+      {{"--moe-fused", "yes"}, "expected one of auto, on, off"},
+      {{"--dispatch-sort", "bubble"}, "expected one of counting, radix, cub"},
+      {{"--dispatch-sort", "cub", "--device", "sim"}, "--device cuda only"}};
+  for (const auto& [flags, text] : wrong) {
+    std::vector<std::string> arguments = {"dump", kModel, "--input", kInput, "--out", path("never")};
+    arguments.insert(arguments.end(), flags.begin(), flags.end());
+    const ProgramResult result = run_lightmoe(arguments);
+    EXPECT_EQ(result.exit_code, 2) << result.err;
+    EXPECT_NE(result.err.find(text), std::string::npos) << result.err;
   }
 }
 

@@ -10,6 +10,7 @@
 #include "autograd/optimizer.h"
 #include "loaders/safetensors.h"
 #include "model/olmoe.h"
+#include "model/training_estimate.h"
 #include "model/weights.h"
 #include "tests/support/devices.h"
 #include "tests/support/program.h"
@@ -122,10 +123,46 @@ TEST(Device, OutOfDeviceMemoryEndsARunAndKeepsItsCheckpoint) {
   little.insert(little.end(), {"--max-gpu-memory", "100KiB"});
   const testing::ProgramResult failed = testing::run_lightmoe(little);
   EXPECT_EQ(failed.exit_code, 5) << failed.err;
-  EXPECT_NE(failed.err.find("out of sim memory"), std::string::npos) << failed.err;
+  EXPECT_NE(failed.err.find("a model of "), std::string::npos) << failed.err;
   EXPECT_NE(failed.err.find("--max-gpu-memory"), std::string::npos) << failed.err;
+  // The weights fit, a step does not: said before the first one.
+  little.back() = "1MiB";
+  const testing::ProgramResult refused = testing::run_lightmoe(little);
+  EXPECT_EQ(refused.exit_code, 5) << refused.err;
+  EXPECT_NE(refused.err.find("a training step (weights "), std::string::npos) << refused.err;
+  EXPECT_NE(refused.err.find("--batch-rows"), std::string::npos) << refused.err;
+  EXPECT_EQ(std::count(refused.err.begin(), refused.err.end(), '\n'), 2)
+      << refused.err;  // the data's line, the error's
   const testing::ProgramResult finished = testing::run_lightmoe(train);
   EXPECT_EQ(finished.exit_code, 0) << finished.err;
+}
+
+// What a step takes on a device beside weights, gradients and moments, all of them there: the estimate, within a fifth below and above.
+TEST(Device, TrainingEstimateHolds) {
+  const DeviceScope scope(DeviceKind::kSim);
+  const auto model = load_model("demo/base", DType::kF32);
+  const OlmoeConfig& config = model->config;
+  const int64_t tokens = 128;
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < tokens; ++i) ids.push_back(static_cast<int32_t>(i * 7 % config.vocab_size));
+  const Batch batch = make_batch(ids, 1, tokens, ids);
+  for (const GemmCompute compute : {GemmCompute::kF32, GemmCompute::kBF16}) {
+    for (const Recompute recompute : {Recompute::kNone, Recompute::kMoe, Recompute::kBlock}) {
+      Optimizer optimizer(model->parameters(), {});
+      optimizer.zero_grad();
+      for (const ParameterPtr& p : model->parameters()) p->ensure_grad();
+      const int64_t before = memory_use_total().live_bytes;
+      reset_peak_memory();
+      model->forward_backward(batch, {.compute = compute, .loss_scale = 1, .recompute = recompute});
+      const auto measured = static_cast<double>(memory_use_total().peak_bytes - before);
+      const TrainingEstimate estimate =
+          estimate_training(config, model->parameters(), tokens, recompute, StepExecution::of_this_process(compute));
+      const double expected = static_cast<double>(estimate.activation_bytes);
+      EXPECT_LT(std::abs(measured / expected - 1), 0.2)
+          << measured << " measured, " << expected << " expected; compute " << static_cast<int>(compute)
+          << ", recompute " << static_cast<int>(recompute);
+    }
+  }
 }
 
 }  // namespace

@@ -65,12 +65,14 @@ void check_case(const cases::DispatchCase& c) {
   const int32_t top_k = static_cast<int32_t>(c.top_k);
   std::vector<std::tuple<int32_t, int32_t, int32_t>> pairs;  // (group, slot, t*K + k)
   std::set<std::pair<int32_t, int32_t>> visits;              // (group, t)
+  std::map<std::pair<int32_t, int32_t>, int32_t> first;      // the first t*K + k of a visit
   const std::vector<int32_t> chosen = ints(slots);
   for (int32_t i = 0; i < slots.numel(); ++i) {
     const int32_t slot = chosen[static_cast<size_t>(i)], g = group[static_cast<size_t>(slot)];
     if (g < 0) continue;
     pairs.emplace_back(g, slot, i);
     visits.emplace(g, i / top_k);
+    first.emplace(std::pair(g, i / top_k), i);
   }
   std::sort(pairs.begin(), pairs.end());
   const std::vector<std::pair<int32_t, int32_t>> sorted_visits(visits.begin(), visits.end());
@@ -102,12 +104,16 @@ void check_case(const cases::DispatchCase& c) {
     const std::pair<int32_t, int32_t> position{g, slot};
     positions.push_back(static_cast<int32_t>(std::find(order.begin(), order.end(), position) - order.begin()));
   }
-  for (const auto& [g, t] : sorted_visits) visit_tokens.push_back(t), visit_groups.push_back(g);
+  std::vector<int32_t> visit_indices;
+  for (const auto& [g, t] : sorted_visits) {
+    visit_tokens.push_back(t), visit_groups.push_back(g), visit_indices.push_back(first.at({g, t}));
+  }
   EXPECT_EQ(first_ints(plan.pair_token, tokens.size()), tokens);
   EXPECT_EQ(first_ints(plan.pair_index, indices.size()), indices);
   EXPECT_EQ(first_ints(plan.pair_visit, pair_visits.size()), pair_visits);
   EXPECT_EQ(ints(plan.index_pair), index_pair);
   EXPECT_EQ(first_ints(plan.visit_token, visit_tokens.size()), visit_tokens);
+  EXPECT_EQ(first_ints(plan.visit_index, visit_indices.size()), visit_indices);
   EXPECT_EQ(ints(plan.slot_offsets), offsets_of(positions, static_cast<int32_t>(order.size())));
   EXPECT_EQ(ints(plan.group_offsets), offsets_of(visit_groups, static_cast<int32_t>(c.groups)));
   EXPECT_EQ(ints(plan.pair_group_offsets), offsets_of(pair_groups, static_cast<int32_t>(c.groups)));
@@ -125,8 +131,23 @@ void check_case(const cases::DispatchCase& c) {
   }
 }
 
+// However the device sorts.
+template <class Body>
+void on_each_sort(Body&& body) {
+  testing::on_each_device<FillDispatchPlan>([&] {
+    for (const DispatchSort sort : {DispatchSort::kCounting, DispatchSort::kRadix, DispatchSort::kCub}) {
+      if (sort == DispatchSort::kCub && default_device() != DeviceKind::kCuda) continue;
+      if (sort == DispatchSort::kRadix && default_device() == DeviceKind::kCpu) continue;
+      SCOPED_TRACE(::testing::Message() << "sort " << static_cast<int>(sort));
+      set_dispatch_sort(sort);
+      body();
+      set_dispatch_sort(DispatchSort::kCounting);
+    }
+  });
+}
+
 TEST(DispatchPlan, MatchesTheDefinition) {
-  testing::on_each_device<FillDispatchPlan>([] {
+  on_each_sort([] {
     for (const auto& c : cases::dispatch_plan) check_case(c);
   });
 }
@@ -141,13 +162,14 @@ void check_small_example() {
   EXPECT_EQ(ints(plan.slot_offsets), (std::vector<int32_t>{0, 2, 4, 5}));
   EXPECT_EQ(first_ints(plan.pair_visit, 5), (std::vector<int32_t>{0, 1, 2, 3, 2}));
   EXPECT_EQ(first_ints(plan.visit_token, 4), (std::vector<int32_t>{1, 2, 0, 2}));
+  EXPECT_EQ(first_ints(plan.visit_index, 4), (std::vector<int32_t>{3, 5, 0, 4}));
   EXPECT_EQ(ints(plan.group_offsets), (std::vector<int32_t>{0, 2, 4}));
   EXPECT_EQ(ints(plan.pair_group_offsets), (std::vector<int32_t>{0, 2, 5}));
   EXPECT_EQ(ints(plan.token_visit), (std::vector<int32_t>{2, -1, 0, -1, 3, 1}));
   EXPECT_EQ(ints(plan.index_pair), (std::vector<int32_t>{4, 2, -1, 0, 3, 1}));
 }
 
-TEST(DispatchPlan, SmallExample) { testing::on_each_device<FillDispatchPlan>(check_small_example); }
+TEST(DispatchPlan, SmallExample) { on_each_sort(check_small_example); }
 
 TEST(DispatchPlan, RefusesSlotsOutOfRange) {
   // Not on a GPU, which a trap would take away from all later tests.

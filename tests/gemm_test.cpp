@@ -94,7 +94,34 @@ TEST(Gemm, AlignedMatchesTheEquation) {
         check_grouped_k(c, types(turn + 2 * i), v, kGemmScales[(turn + 1) % kGemmScales.size()], i == 1);
       }
     }
-    EXPECT_GT(picks_of(forced_gemm_backend()), 40);
+    EXPECT_GT(picks_of(forced_gemm_backend()), forced_gemm_backend() == "gemv" ? 5 : 40);
+  });
+}
+
+// As in decoding: one to a few rows, alone or spread over many groups of which most have none, in all types, scales and windows; more rows
+// in a group than a warp takes at a time.
+TEST(Gemm, FewRowsMatchTheEquation) {
+  testing::on_each_backend([] {
+    if (default_device() == DeviceKind::kCpu) return;
+    const int64_t before = picks_of(forced_gemm_backend());
+    const size_t first = forced_gemm_backend() == "wgmma" ? 5 : 0,
+                 count = first > 0 ? 2 : 7;  // wgmma: two bf16 factors
+    size_t turn = 0;
+    for (const int64_t m : {1, 2, 7, 8, 9, 17}) {
+      for (size_t i = 0; i < count; ++i, ++turn) {
+        check_dense({m, 24 + 7 * m, 264}, kGemmTypes[first + i], false, true, kGemmScales[turn % kGemmScales.size()],
+                    turn % 3 == 1 ? Window::kAligned : Window::kNone);
+      }
+    }
+    const std::vector<std::vector<int64_t>> rows = {{0, 1, 0, 0, 1, 1}, {8}, {0, 0, 9, 1}, std::vector<int64_t>(70, 0)};
+    for (std::vector<int64_t> of_groups : rows) {
+      if (of_groups.size() == 70) of_groups[3] = of_groups[7] = of_groups[33] = of_groups[69] = 2;
+      for (size_t i = 0; i < count; ++i, ++turn) {
+        const GroupedVariant v{turn % 2 == 0, turn % 3 == 0 ? Window::kAligned : Window::kNone, turn % 4 == 3, true};
+        check_grouped_m({of_groups, 33, 40}, kGemmTypes[first + i], v, kGemmScales[turn % kGemmScales.size()]);
+      }
+    }
+    EXPECT_GT(picks_of(forced_gemm_backend()) - before, 5);
   });
 }
 

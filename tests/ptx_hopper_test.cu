@@ -156,7 +156,7 @@ struct Operands {
   alignas(1024) bf16 b[kN * 64];
 };
 
-template <int kN, int kBMnMajor, bool kARegisters>
+template <int kN, int kBMnMajor, bool kARegisters, int kAMnMajor>
 __global__ void wgmma_kernel(const bf16* a, const bf16* b, float* d) {  // a[64][64], b[kN][64]
 #ifdef LIGHTMOE_HOPPER_CODE
   auto& shared = shared_memory<Operands<kN>>();
@@ -164,7 +164,9 @@ __global__ void wgmma_kernel(const bf16* a, const bf16* b, float* d) {  // a[64]
   const auto swizzled = [](int byte) {
     return layout::swizzled(static_cast<uint32_t>(byte), layout::Swizzle::k128) / 2;
   };
-  for (int i = t; i < 64 * 64; i += 128) shared.a[swizzled(i * 2)] = a[i];
+  for (int i = t; i < 64 * 64; i += 128) {
+    shared.a[kAMnMajor == 0 ? swizzled(i * 2) : swizzled((i % 64 * 64 + i / 64) * 2)] = a[i];
+  }
   for (int i = t; i < kN * 64; i += 128) {
     const int n = i / 64, k = i % 64;
     shared
@@ -175,7 +177,8 @@ __global__ void wgmma_kernel(const bf16* a, const bf16* b, float* d) {  // a[64]
   sync_block();
   float sum[kN / 2];
   for (float& v : sum) v = 3;
-  const uint64_t da = ptx::wgmma_descriptor_k_major(shared.a);
+  const uint64_t da =
+      kAMnMajor == 0 ? ptx::wgmma_descriptor_k_major(shared.a) : ptx::wgmma_descriptor_mn_major(shared.a, 8192);
   const uint64_t db =
       kBMnMajor == 0 ? ptx::wgmma_descriptor_k_major(shared.b) : ptx::wgmma_descriptor_mn_major(shared.b, 8192);
   uint32_t registers[4][4];
@@ -192,16 +195,17 @@ __global__ void wgmma_kernel(const bf16* a, const bf16* b, float* d) {  // a[64]
   for (int k = 0; k < 4; ++k) {
     const uint64_t bk = db + static_cast<uint64_t>(k * (kBMnMajor == 0 ? 2 : 128));
     const int accumulate = k > 0;  // the first starts from zero, whatever the registers hold
-    const auto multiply = [&](auto&& ak) {
-      if constexpr (kN == 32) ptx::wgmma_m64n32k16_bf16<kBMnMajor>(sum, ak, bk, accumulate);
-      if constexpr (kN == 64) ptx::wgmma_m64n64k16_bf16<kBMnMajor>(sum, ak, bk, accumulate);
-      if constexpr (kN == 128) ptx::wgmma_m64n128k16_bf16<kBMnMajor>(sum, ak, bk, accumulate);
-      if constexpr (kN == 256) ptx::wgmma_m64n256k16_bf16<kBMnMajor>(sum, ak, bk, accumulate);
-    };
     if constexpr (kARegisters) {
-      multiply(registers[k]);
+      if constexpr (kN == 32) ptx::wgmma_m64n32k16_bf16<kBMnMajor>(sum, registers[k], bk, accumulate);
+      if constexpr (kN == 64) ptx::wgmma_m64n64k16_bf16<kBMnMajor>(sum, registers[k], bk, accumulate);
+      if constexpr (kN == 128) ptx::wgmma_m64n128k16_bf16<kBMnMajor>(sum, registers[k], bk, accumulate);
+      if constexpr (kN == 256) ptx::wgmma_m64n256k16_bf16<kBMnMajor>(sum, registers[k], bk, accumulate);
     } else {
-      multiply(da + static_cast<uint64_t>(2 * k));
+      const uint64_t ak = da + static_cast<uint64_t>(k * (kAMnMajor == 0 ? 2 : 128));
+      if constexpr (kN == 32) ptx::wgmma_m64n32k16_bf16<kBMnMajor, kAMnMajor>(sum, ak, bk, accumulate);
+      if constexpr (kN == 64) ptx::wgmma_m64n64k16_bf16<kBMnMajor, kAMnMajor>(sum, ak, bk, accumulate);
+      if constexpr (kN == 128) ptx::wgmma_m64n128k16_bf16<kBMnMajor, kAMnMajor>(sum, ak, bk, accumulate);
+      if constexpr (kN == 256) ptx::wgmma_m64n256k16_bf16<kBMnMajor, kAMnMajor>(sum, ak, bk, accumulate);
     }
   }
   ptx::wgmma_commit();
@@ -214,12 +218,12 @@ __global__ void wgmma_kernel(const bf16* a, const bf16* b, float* d) {  // a[64]
 #endif
 }
 
-template <int kN, int kBMnMajor, bool kARegisters>
+template <int kN, int kBMnMajor, bool kARegisters, int kAMnMajor = 0>
 void check_wgmma() {
   const std::vector<bf16> a = small_integers(64 * 64, 3), b = small_integers(kN * 64, 4);
   const DeviceArray<bf16> da(a), db(b);
   const DeviceArray<float> d(64 * kN);
-  launch<wgmma_kernel<kN, kBMnMajor, kARegisters>>(
+  launch<wgmma_kernel<kN, kBMnMajor, kARegisters, kAMnMajor>>(
       {.blocks = {1}, .threads = {128}, .shared_bytes = sizeof(Operands<kN>)}, da.data(), db.data(), d.data());
   const std::vector<float> v = d.values();
   int wrong = 0;
@@ -233,7 +237,7 @@ void check_wgmma() {
       wrong += v[static_cast<size_t>(m * kN + n)] != expected;
     }
   }
-  EXPECT_EQ(wrong, 0) << "N " << kN << (kBMnMajor != 0 ? ", B MN-major" : "")
+  EXPECT_EQ(wrong, 0) << "N " << kN << (kBMnMajor != 0 ? ", B MN-major" : "") << (kAMnMajor != 0 ? ", A MN-major" : "")
                       << (kARegisters ? ", A in registers" : "");
 }
 
@@ -245,6 +249,9 @@ DEVICE_TEST(PtxHopper, WgmmaMultiplies) {
   check_wgmma<64, 1, false>();
   check_wgmma<128, 1, false>();
   check_wgmma<256, 1, false>();
+  check_wgmma<64, 0, false, 1>();
+  check_wgmma<128, 1, false, 1>();
+  check_wgmma<256, 1, false, 1>();
 }
 
 DEVICE_TEST(PtxHopper, WgmmaTakesAFromRegisters) {

@@ -1,7 +1,8 @@
 #pragma once
 // wgmma.mma_async m64nNk16, bf16 operands, f32 accumulators: D (64xN) = A (64x16) B (16xN) [+ D]. A thread of the warpgroup holds N/2
 // accumulators (layout::wgmma_d). A and B by descriptor, or A in four registers a thread (mma_m16n8k16's A, rows 16 * warp).
-// `accumulate` 0 starts from zero. kBMnMajor 1: B's columns lie along the row (descriptor_mn_major).
+// `accumulate` 0 starts from zero. kBMnMajor 1: B's columns, kAMnMajor 1: A's rows lie along
+// the row (descriptor_mn_major).
 
 #include "kernels/device/simt.h"
 
@@ -32,37 +33,37 @@ namespace lightmoe::LIGHTMOE_DEVICE::ptx {
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-template <int kBMnMajor = 0>
+template <int kBMnMajor = 0, int kAMnMajor = 0>
 DEVICE_FN void wgmma_m64n32k16_bf16(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" LIGHTMOE_R16
-      "}, %16, %17, p, 1, 1, 0, %19;\n}"
+      "}, %16, %17, p, 1, 1, %19, %20;\n}"
       : LIGHTMOE_D16(0)
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kBMnMajor));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kAMnMajor), "n"(kBMnMajor));
 }
-template <int kBMnMajor = 0>
+template <int kBMnMajor = 0, int kAMnMajor = 0>
 DEVICE_FN void wgmma_m64n64k16_bf16(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIGHTMOE_R32
-      "}, %32, %33, p, 1, 1, 0, %35;\n}"
+      "}, %32, %33, p, 1, 1, %35, %36;\n}"
       : LIGHTMOE_D32(0)
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kBMnMajor));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kAMnMajor), "n"(kBMnMajor));
 }
-template <int kBMnMajor = 0>
+template <int kBMnMajor = 0, int kAMnMajor = 0>
 DEVICE_FN void wgmma_m64n128k16_bf16(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIGHTMOE_R64
-      "}, %64, %65, p, 1, 1, 0, %67;\n}"
+      "}, %64, %65, p, 1, 1, %67, %68;\n}"
       : LIGHTMOE_D64(0)
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kBMnMajor));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kAMnMajor), "n"(kBMnMajor));
 }
-template <int kBMnMajor = 0>
+template <int kBMnMajor = 0, int kAMnMajor = 0>
 DEVICE_FN void wgmma_m64n256k16_bf16(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" LIGHTMOE_R128
-      "}, %128, %129, p, 1, 1, 0, %131;\n}"
+      "}, %128, %129, p, 1, 1, %131, %132;\n}"
       : LIGHTMOE_D128(0)
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kBMnMajor));
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kAMnMajor), "n"(kBMnMajor));
 }
 template <int kBMnMajor = 0>
 DEVICE_FN void wgmma_m64n32k16_bf16(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
@@ -100,13 +101,13 @@ DEVICE_FN void wgmma_m64n256k16_bf16(float (&d)[128], const uint32_t (&a)[4], ui
 #else
 
 #define LIGHTMOE_WGMMA(N)                                                                                  \
-  template <int kBMnMajor = 0>                                                                             \
+  template <int kBMnMajor = 0, int kAMnMajor = 0>                                                          \
   void wgmma_m64n##N##k16_bf16(float(&d)[N / 2], uint64_t a, uint64_t b, int accumulate SITE) {            \
-    simulator::wgmma_bf16(d, {N, a, b, nullptr, accumulate != 0, kBMnMajor != 0}, site_);                  \
+    simulator::wgmma_bf16(d, {N, a, b, nullptr, accumulate != 0, kBMnMajor != 0, kAMnMajor != 0}, site_);  \
   }                                                                                                        \
   template <int kBMnMajor = 0>                                                                             \
   void wgmma_m64n##N##k16_bf16(float(&d)[N / 2], const uint32_t(&a)[4], uint64_t b, int accumulate SITE) { \
-    simulator::wgmma_bf16(d, {N, 0, b, a, accumulate != 0, kBMnMajor != 0}, site_);                        \
+    simulator::wgmma_bf16(d, {N, 0, b, a, accumulate != 0, kBMnMajor != 0, false}, site_);                 \
   }
 LIGHTMOE_WGMMA(32)
 LIGHTMOE_WGMMA(64)

@@ -246,16 +246,18 @@ std::set<std::string_view> backends_of(DeviceKind device) {
   std::set<std::string_view> names;
   for (const GemmBackend& backend : gemm_backends()) {
     for (const DType dtype : {DType::kF32, DType::kBF16}) {
-      const GemmDesc desc{.kind = GemmKind::kDense,
-                          .device = device,
-                          .a = dtype,
-                          .b = dtype,
-                          .c = dtype,
-                          .m = 64,
-                          .n = 64,
-                          .k = 64,
-                          .groups = 1,
-                          .alignment = 16};
+      GemmDesc desc{.kind = GemmKind::kDense,
+                    .device = device,
+                    .a = dtype,
+                    .b = dtype,
+                    .c = dtype,
+                    .m = 64,
+                    .n = 64,
+                    .k = 64,
+                    .groups = 1,
+                    .alignment = 16};
+      if (backend.supports(desc)) names.insert(backend.name);
+      desc.m = 8, desc.trans_b = true;
       if (backend.supports(desc)) names.insert(backend.name);
     }
   }

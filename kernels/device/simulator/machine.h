@@ -105,7 +105,7 @@ struct WgmmaOperands {
   int n;                        // D is 64 x n, f32; A 64 x 16, B n x 16, bf16
   uint64_t a, b;                // descriptors
   const uint32_t* a_registers;  // four of A's registers instead of its descriptor, or null
-  bool accumulate, b_mn_major;
+  bool accumulate, b_mn_major, a_mn_major;
 };
 void wgmma_bf16(float* d, const WgmmaOperands& operands, Site site);
 void wgmma_commit(Site site);

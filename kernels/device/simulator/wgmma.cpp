@@ -34,7 +34,7 @@ std::vector<uint16_t> gather_a(const Warp& warp, const WgmmaOperands& o, Site si
   const layout::Descriptor descriptor(o.a);
   for (int m = 0; m < 16; ++m) {
     for (int k = 0; k < 16; ++k) {
-      const uint32_t address = layout::operand_address(descriptor, warp.id % 4 * 16 + m, k, false);
+      const uint32_t address = layout::operand_address(descriptor, warp.id % 4 * 16 + m, k, o.a_mn_major);
       a[static_cast<size_t>(m * 16 + k)] = shared_element(*warp.block, address, "A", site);
     }
   }
@@ -70,19 +70,21 @@ template <class F>
 void for_operand_pieces(const Warp& warp, const WgmmaOperands& o, F&& f) {
   const auto piece = [&](uint32_t address) { f(warp.block->shared + (address - kSharedBase)); };
   const layout::Descriptor a(o.a), b(o.b);
-  for (int m = 0; m < 16 && o.a_registers == nullptr; ++m) {
-    for (int k = 0; k < 16; k += 8) piece(layout::operand_address(a, warp.id % 4 * 16 + m, k, false));
-  }
-  const int n_step = o.b_mn_major ? 8 : 1, k_step = o.b_mn_major ? 1 : 8;
-  for (int n = 0; n < o.n; n += n_step) {
-    for (int k = 0; k < 16; k += k_step) piece(layout::operand_address(b, n, k, o.b_mn_major));
-  }
+  const auto pieces = [&](const layout::Descriptor& d, int first, int count, bool mn_major) {
+    const int step = mn_major ? 8 : 1, k_step = mn_major ? 1 : 8;
+    for (int mn = first; mn < first + count; mn += step) {
+      for (int k = 0; k < 16; k += k_step) piece(layout::operand_address(d, mn, k, mn_major));
+    }
+  };
+  if (o.a_registers == nullptr) pieces(a, warp.id % 4 * 16, 16, o.a_mn_major);
+  pieces(b, 0, o.n, o.b_mn_major);
 }
 
 bool same_operands(const WgmmaOperands& x, const WgmmaOperands& y) {
   const bool same_a =
       (x.a_registers != nullptr) == (y.a_registers != nullptr) && (x.a_registers != nullptr || x.a == y.a);
-  return same_a && x.b == y.b && x.n == y.n && x.accumulate == y.accumulate && x.b_mn_major == y.b_mn_major;
+  return same_a && x.b == y.b && x.n == y.n && x.accumulate == y.accumulate && x.b_mn_major == y.b_mn_major &&
+         x.a_mn_major == y.a_mn_major;
 }
 
 void check_operands(Warp& warp, void** arguments) {
