@@ -135,7 +135,7 @@ void time_case(benchmark::State& state, const std::string& backend, const cases:
 
 // By name, because the backends' own registration may come after this one.
 const bool registered = [] {
-  for (const char* const backend : {"native", "blas", "reference", "simple", "mma", "wgmma", "cublas"}) {
+  for (const char* const backend : {"native", "blas", "reference", "simple", "gemv", "mma", "wgmma", "cublas"}) {
     for (const cases::GemmBenchCase& c : cases::gemm_bench) {
       if (std::string_view(backend) == "reference" && c.m * c.n * c.k > int64_t{1} << 30) continue;  // seconds a call
       for (const Types& t : kTypes) {

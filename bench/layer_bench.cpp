@@ -1,44 +1,24 @@
 // The experts of one MoE layer at OLMoE's shape, forward and backward apart: layer/<shape>/<kind>/<numbers>/<routing>/<tokens>/<phase>.
 // Kinds are those of model_session.h. Routing: uniform; skewed (slot s as likely as 1 / (1 + s)); one (every token chooses the same
-// slots). FLOPs are those of what is computed: forward 6 n d for each stored expert that a token meets, once, and 6 R (n + d) for each adapter;
-// backward twice that where weights train, else as much again as forward. For the original and uniform routing this is the published
-// convention 6 T K n d. Counters: bases/token and replaced/token say how much there was to share. On a GPU LIGHTMOE_BENCH_TOKENS lists the
-// numbers of tokens (1,8,64,4096,32768 when unset); elsewhere 1 and 64.
+// slots). A compressed layer stands with /per_slot, too, where every slot runs its base for itself (base-once off), and with /steps, in
+// the step-by-step form instead of the fused kernels. FLOPs are those of what is computed base-once: forward 6 n d for each stored expert
+// that a token meets, once, and 6 R (n + d) for each adapter; backward twice that where weights train, else as much again as forward. For
+// the original and uniform routing this is the published convention 6 T K n d. Counters: bases/token and replaced/token say how much
+// there was to share. On a GPU LIGHTMOE_BENCH_TOKENS lists the numbers of tokens (1,8,64,4096,32768 when unset); elsewhere 1 and 64.
 
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
 #include <set>
-#include <sstream>
 
 #include "bench/model_session.h"
-#include "bench/op_bench.h"
+#include "bench/routing.h"
 #include "model/moe_op.h"
 
 namespace lightmoe::bench {
 namespace {
 
-enum class RoutingKind : uint8_t { kUniform, kSkewed, kOne };
-constexpr const char* kRoutingNames[] = {"uniform", "skewed", "one"};
 constexpr const char* kKinds[] = {"original", "lightmoe-50", "recovery", "annealing"};
-
-// K different slots for each token, drawn without replacement by weight.
-std::vector<int32_t> choose_slots(int64_t tokens, int64_t slots, int64_t k, RoutingKind routing) {
-  Philox random(9);
-  std::vector<int32_t> all;
-  std::vector<std::pair<double, int32_t>> keys(static_cast<size_t>(slots));
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int32_t s = 0; s < slots;
-         ++s) {  // exponential keys: the smallest K are a weighted draw (Efraimidis and Spirakis 2006)
-      const double weight = routing == RoutingKind::kSkewed ? 1.0 / (1 + s) : 1;
-      const double key = routing == RoutingKind::kOne ? s : -std::log(1 - random.uniform()) / weight;
-      keys[static_cast<size_t>(s)] = {key, s};
-    }
-    std::partial_sort(keys.begin(), keys.begin() + k, keys.end());
-    for (int64_t i = 0; i < k; ++i) all.push_back(keys[static_cast<size_t>(i)].second);
-  }
-  return all;
-}
 
 struct LayerCase {
   std::string shape;
@@ -47,6 +27,7 @@ struct LayerCase {
   RoutingKind routing;
   int64_t tokens;
   bool backward;
+  MoeExecution execution = {};
 };
 
 struct Load {
@@ -89,6 +70,7 @@ const Olmoe& layer_model(const LayerCase& c) {
 }
 
 void run_layer(benchmark::State& state, const LayerCase& c) {
+  const MoeExecutionScope execution(c.execution);
   const Olmoe& model = layer_model(c);
   const MoeLayer& moe = model.blocks[0].moe;
   const int64_t k = model.config.num_experts_per_token;
@@ -131,28 +113,28 @@ void run_layer(benchmark::State& state, const LayerCase& c) {
   state.counters["replaced/token"] = load.replaced;
 }
 
-std::vector<int64_t> token_counts() {
-  if (!is_for_gpu()) return {1, 64};
-  const char* list = std::getenv("LIGHTMOE_BENCH_TOKENS");
-  std::istringstream text(list != nullptr ? list : "1,8,64,4096,32768");
-  std::vector<int64_t> counts;
-  for (std::string one; std::getline(text, one, ',');) counts.push_back(std::stoll(one));
-  return counts;
+void add_case(const LayerCase& c, const char* suffix) {
+  const std::string name =
+      fmt::format("layer/{}/{}/bf16/{}/{}/{}{}", c.shape, kKinds[static_cast<int>(c.kind)],
+                  kRoutingNames[static_cast<int>(c.routing)], c.tokens, c.backward ? "backward" : "forward", suffix);
+  benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& s) { run_layer(s, c); })
+      ->UseManualTime()
+      ->Unit(benchmark::kMicrosecond);
 }
 
 const bool registered = bench::registered([] {
   for (const char* const shape : {"tiny", "olmoe-1b-7b"}) {
     for (const ModelKind kind : {ModelKind::kOriginal, ModelKind::kCompressed, ModelKind::kRecovery}) {
       for (const RoutingKind routing : {RoutingKind::kUniform, RoutingKind::kSkewed, RoutingKind::kOne}) {
-        for (const int64_t tokens : token_counts()) {
+        for (const int64_t tokens : token_counts("1,8,64,4096,32768")) {
           for (const bool backward : {false, true}) {
-            const LayerCase c{shape, kind, DType::kBF16, routing, tokens, backward};
-            const std::string name =
-                fmt::format("layer/{}/{}/bf16/{}/{}/{}", shape, kKinds[static_cast<int>(kind)],
-                            kRoutingNames[static_cast<int>(routing)], tokens, backward ? "backward" : "forward");
-            benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& s) { run_layer(s, c); })
-                ->UseManualTime()
-                ->Unit(benchmark::kMicrosecond);
+            LayerCase c{shape, kind, DType::kBF16, routing, tokens, backward};
+            add_case(c, "");
+            if (kind == ModelKind::kOriginal || routing == RoutingKind::kOne) continue;
+            c.execution = {.base_once = false};
+            add_case(c, "/per_slot");
+            c.execution = {.fused = MoeFusion::kOff};
+            add_case(c, "/steps");
           }
         }
       }

@@ -3,11 +3,15 @@
 //   prefill             1 x 512 tokens, logits of every position (as Hugging Face's forward)
 //   prefill_last        the same with the logits of the last position alone (as an inference engine)
 //   decode              64 tokens, one at a time, after a prompt of 16
+//   generate_B          B = 1, 8, 32 sequences side by side, 64 new tokens each after a prompt of 16, as `lightmoe generate` runs them (on a
+//                       GPU one graph a step, greedy); tokens/s of the steps alone
+//   *_per_slot          the compressed model with every slot running its base for itself (base-once off)
 //   train_step          4 x 256 tokens: forward, backward, clip, AdamW on every parameter
 //   recovery_step       the same on what recovery trains: bases and adapters; recovery_annealing: with the originals blended in
 // Counters: tokens/s; of_gemm and of_memory, the shares of the measured ceilings (products of that type; reading memory) that the
 // phase's useful FLOPs and its weight bytes come to; MiB: stored (weights of the model), live (all tensors after the phase), peak (of all
-// tensors during it), rss (the process, after its cache is given back); saved_*: against the original in the same phase.
+// tensors during it), rss (the process, after its cache is given back); saved_*: against the original in the same phase; activations_KiB/token
+// of a step: peak above weights, gradients and moments.
 
 #include <benchmark/benchmark.h>
 
@@ -15,6 +19,8 @@
 #include <map>
 
 #include "bench/model_session.h"
+#include "model/generate.h"
+#include "model/moe_op.h"
 #include "runtime/device.h"
 #include "runtime/philox.h"
 
@@ -112,6 +118,29 @@ void decode(benchmark::State& state, const Variant& v) {
   report(state, v, "decode", kNew, work.forward_flop(), work.weight_bytes);
 }
 
+// A batch of sequences through the decoder that the program uses; the model ends none of them early.
+void generate_batch(benchmark::State& state, const Variant& v, int64_t sequences) {
+  constexpr int64_t kPrompt = 16, kNew = 64;
+  ModelSession& session = session_for(v);
+  const Olmoe& model = session.model();
+  std::vector<std::vector<int32_t>> prompts;
+  for (int64_t i = 0; i < sequences; ++i) {
+    prompts.push_back(random_ids(kPrompt, model.config.vocab_size, static_cast<uint64_t>(10 + i)));
+  }
+  const GenerateOptions options{.sampling = {},
+                                .max_new_tokens = kNew,
+                                .batch = sequences,
+                                .cache_dtype = v.weights == DType::kBF16 ? DType::kBF16 : DType::kF32,
+                                .forward = {.compute = v.compute}};
+  reset_peak_memory();
+  GenerateReport times;
+  for (auto _ : state) {
+    generate(model, prompts, options, &times);
+    state.SetIterationTime(times.decode_seconds);
+  }
+  report(state, v, fmt::format("generate_{}", sequences), times.decode_tokens, 0, 0);
+}
+
 void train_step(benchmark::State& state, const Variant& v) {
   constexpr int64_t kRows = 4, kLength = 256;
   ModelSession& session = session_for(v);
@@ -120,14 +149,28 @@ void train_step(benchmark::State& state, const Variant& v) {
   const PassWork work = session.count(batch, true);
   session.start_training(batch, v.compute);
   reset_peak_memory();
+  const int64_t lasting = memory_use_total().live_bytes;
   for (auto _ : state) session.train_step(batch, v.compute);
   report(state, v, "step", kRows * kLength, work.step_flop(), 0);
+  state.counters["activations_KiB/token"] =
+      static_cast<double>(memory_use_total().peak_bytes - lasting) / 1024 / (kRows * kLength);
 }
 
-void add(const Variant& v, const char* phase, const std::function<void(benchmark::State&)>& body) {
+enum class Clock : uint8_t { kOfBenchmark, kOfBody };  // kOfBody: it sets the time of an iteration itself
+void add(const Variant& v, const std::string& phase, const std::function<void(benchmark::State&)>& body,
+         Clock clock = Clock::kOfBenchmark) {
   const std::string name =
       fmt::format("model/{}/{}/{}/{}", v.shape, kKindNames[static_cast<int>(v.kind)], v.numbers, phase);
-  benchmark::RegisterBenchmark(name.c_str(), body)->UseRealTime()->Unit(benchmark::kMillisecond);
+  auto* const added = benchmark::RegisterBenchmark(name.c_str(), body)->Unit(benchmark::kMillisecond);
+  clock == Clock::kOfBody ? added->UseManualTime() : added->UseRealTime();
+}
+
+// The same with base-once off.
+std::function<void(benchmark::State&)> per_slot(const std::function<void(benchmark::State&)>& body) {
+  return [body](benchmark::State& state) {
+    const MoeExecutionScope scope({.base_once = false});
+    body(state);
+  };
 }
 
 void add_phases(const Variant& v) {
@@ -139,6 +182,15 @@ void add_phases(const Variant& v) {
   add(v, "prefill", [v](benchmark::State& s) { prefill(s, v, true); });
   add(v, "prefill_last", [v](benchmark::State& s) { prefill(s, v, false); });
   add(v, "decode", [v](benchmark::State& s) { decode(s, v); });
+  for (const int64_t sequences : {1, 8, 32}) {
+    const std::string phase = fmt::format("generate_{}", sequences);
+    const auto body = [v, sequences](benchmark::State& s) { generate_batch(s, v, sequences); };
+    add(v, phase, body, Clock::kOfBody);
+    if (v.kind == ModelKind::kCompressed) add(v, phase + "_per_slot", per_slot(body), Clock::kOfBody);
+  }
+  if (v.kind == ModelKind::kCompressed) {
+    add(v, "prefill_per_slot", per_slot([v](benchmark::State& s) { prefill(s, v, true); }));
+  }
   if (v.kind == ModelKind::kOriginal && v.weights == DType::kF32) {
     add(v, "train_step", [v](benchmark::State& s) { train_step(s, v); });
   }

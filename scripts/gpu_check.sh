@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command: every op and model test on the GPU, small ones under compute-sanitizer, training curves of
 # CPU and GPU side by side, the demo, the benchmarks. Into $OUT (build/gpu-check when unset) go summary.txt, device.csv, ops.json,
-# gemm.json, demo.md and logs.tar.gz (logs and JSON of the tests). Runs the programs of `make gpu-build` (build/gpu); cuBLAS is the
-# machine's own. Each part has a time limit, and the limits add up to GPU_CHECK_SECONDS (570), so that a hang does not cost the rest;
+# gemm.json, layer.json, model.json, demo.md and logs.tar.gz (logs and JSON of the tests). Runs the programs of `make gpu-build`
+# (build/gpu); cuBLAS is the machine's own. Each part has a time limit, and the limits add up to GPU_CHECK_SECONDS (570), so that a hang does not cost the rest;
 # every part runs even when one before it failed. The exit status says whether all passed.
+# GPU_CHECK_FULL=1 adds the benchmarks at OLMoE's own size, 30 minutes at most.
 # GPU_CHECK_DEVICE=sim runs the same parts on the simulator, to try this script where there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -53,7 +54,7 @@ export LD_LIBRARY_PATH=$PWD/$pack/lib${cublas:+:$(dirname "$cublas")}${LD_LIBRAR
 on_gpu=(env "LIGHTMOE_TEST_DEVICES=$device")
 # The fastest answer to "does anything run": one op, one product, one whole model, each kernel waited for.
 part first-kernels 30 "${on_gpu[@]}" LIGHTMOE_SYNC=1 $pack/device-tests --gtest_brief=1 --gtest_filter='Add*:Elementwise*:RmsNorm*'
-part ops 120 "${on_gpu[@]}" $pack/device-tests --gtest_brief=1 --gtest_output="json:$logs/ops-tests.json"
+part ops 110 "${on_gpu[@]}" $pack/device-tests --gtest_brief=1 --gtest_output="json:$logs/ops-tests.json"
 part models 60 "${on_gpu[@]}" $pack/model-device-tests --gtest_brief=1 --gtest_output="json:$logs/models-tests.json"
 
 sanitizer=$(command -v compute-sanitizer || find -L /usr/local/cuda* /opt -name compute-sanitizer -type f 2>/dev/null | head -n 1)
@@ -61,7 +62,7 @@ for tool in memcheck racecheck initcheck synccheck; do
   if [ -z "$sanitizer" ]; then
     skip "sanitizer-$tool" "no compute-sanitizer here"
   else
-    part "sanitizer-$tool" 25 "${on_gpu[@]}" "$sanitizer" --tool $tool --error-exitcode 1 \
+    part "sanitizer-$tool" 20 "${on_gpu[@]}" "$sanitizer" --tool $tool --error-exitcode 1 \
       $pack/device-tests --gtest_brief=1 --gtest_filter='RmsNorm*:Router.*:DispatchPlan*:SampleTokens.KeepsByHand:ScatterRows*:Graph*'
   fi
 done
@@ -90,11 +91,21 @@ demo() {
 }
 export -f demo
 export out
-part demo 80 bash -c demo
+part demo 60 bash -c demo
 
 bench=(env LIGHTMOE_BENCH_DEVICE="$device" $pack/lightmoe-bench --benchmark_min_time=0.05 --benchmark_out_format=json)
 part bench-ops 60 "${bench[@]}" --benchmark_filter='^op/' --benchmark_out="$out/ops.json"
-part bench-gemm 60 "${bench[@]}" --benchmark_filter='^gemm/(simple|mma|wgmma|cublas)/' --benchmark_out="$out/gemm.json"
+part bench-gemm 50 "${bench[@]}" --benchmark_filter='^gemm/(simple|gemv|mma|wgmma|cublas)/(dense|grouped)' --benchmark_out="$out/gemm.json"
+# One layer at OLMoE's shape and a middle-sized model, original and compressed; on the simulator the small shape.
+if [ "$device" = cuda ]; then layer='olmoe-1b-7b/.*/uniform/(64|4096)/' model=mid; else layer='tiny/.*/uniform/1/' model=tiny; fi
+part bench-layer 40 "${bench[@]}" --benchmark_filter="^layer/$layer" --benchmark_out="$out/layer.json"
+part bench-model 40 "${bench[@]}" --benchmark_filter="^model/$model/[^/]*/bf16/(prefill|generate)" --benchmark_out="$out/model.json"
+# OLMoE's own size, which takes minutes: all its products, layers and phases.
+if [ -n "${GPU_CHECK_FULL:-}" ]; then
+  part bench-olmoe-gemm 600 "${bench[@]}" --benchmark_filter='^gemm/[^/]*/olmoe/' --benchmark_out="$out/olmoe-gemm.json"
+  part bench-olmoe-layer 600 "${bench[@]}" --benchmark_filter='^layer/olmoe-1b-7b/' --benchmark_out="$out/olmoe-layer.json"
+  part bench-olmoe-model 600 "${bench[@]}" --benchmark_filter='^model/olmoe-1b-7b/' --benchmark_out="$out/olmoe-model.json"
+fi
 ask_device clocks.sm,clocks.mem,temperature.gpu >> "$out/device.csv" 2>&1
 
 rm -rf "$logs"/curve-*/
