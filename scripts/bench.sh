@@ -20,6 +20,7 @@ part ops '^op/'
 part gemm '^gemm/'
 part model-tiny '^model/tiny/'
 part model-mid '^model/mid/'
+part slots-mid '^slots/mid/'
 part scaling '^scaling/'
 [ -z "${FULL:-}" ] || part model-olmoe-1b-7b '^model/olmoe-1b-7b/'
 echo "written: build/bench/*.json"
