@@ -145,7 +145,7 @@ $(BUILD)/lightmoe-bench: $(LIBRARY_OBJECTS) $(call objects,$(BENCH_SOURCES))
 $(BUILD)/lightmoe-tests: $(LIBRARY_OBJECTS) $(call plain_objects,$(TEST_SOURCES))
 	@echo "  LINK $@"
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
-# GEMM plug-ins that tests load: tests/plugins/*.c.
+# Libraries that tests load: tests/plugins/*.c.
 TEST_PLUGINS := $(patsubst tests/plugins/%.c,$(BUILD)/plugins/%.so,$(wildcard tests/plugins/*.c))
 $(BUILD)/lightmoe-tests: | $(TEST_PLUGINS)
 $(BUILD)/plugins/%.so: tests/plugins/%.c kernels/plugin/lightmoe_gemm.h $(wildcard kernels/plugin/example/*.c)
@@ -191,7 +191,7 @@ $(eval $(call checking_build,asan,ASAN))
 SIM_SEEDS ?= 1
 # SimGuard tests a memory of its own, which the checking builds' take the place of.
 SIM_RUN = for seed in $(2); do echo "$(1), seed $$seed"; LIGHTMOE_TEST_DEVICES=sim LIGHTMOE_SIM_SEED=$$seed \
-  ASAN_OPTIONS=detect_leaks=0:detect_container_overflow=0 $(1) --gtest_brief=1 --gtest_filter=$(3) $(TEST_ARGS) || exit 1; done
+  ASAN_OPTIONS=detect_leaks=0:detect_container_overflow=0 scripts/run_tests.sh $(1) --gtest_brief=1 --gtest_filter=$(3) $(TEST_ARGS) || exit 1; done
 sim: $(BUILD)/device-tests
 	@$(call SIM_RUN,$<,$(SIM_SEEDS),*)
 sim-race: $(BUILD)/device-tests-race
@@ -272,11 +272,12 @@ cuda cuda-budget:
 # Programs for a machine with a GPU and nothing else: kernels for sm_90a, any x86-64 processor with AVX2, libraries beside them.
 # `make gpu-check` runs them there (scripts/gpu_check.sh), after building them where there is nvcc.
 GPU_TREE := build/gpu-tree
-gpu-build: setup
+gpu-build:
+	@scripts/setup.sh $(PACKAGES) xz-utils
 	@$(MAKE) --no-print-directory CUDA=1 ARCH=x86-64-v3 BUILD=$(GPU_TREE) CUDA_ARCHITECTURES="-gencode arch=compute_90a,code=sm_90a" \
 	  $(addprefix $(GPU_TREE)/,device-tests model-device-tests lightmoe-bench lightmoe demo-generate_data)
 	@scripts/gpu_pack.sh $(GPU_TREE) build/gpu $(VERSION)
-gpu-check: $(if $(wildcard build/gpu/device-tests),,gpu-build)
+gpu-check: $(if $(wildcard build/gpu/device-tests build/gpu.tar.xz),,gpu-build)
 	@scripts/gpu_check.sh
 
 clean:

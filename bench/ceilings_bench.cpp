@@ -3,6 +3,7 @@
 
 #include <benchmark/benchmark.h>
 
+#include "bench/gpu_clocks.h"
 #include "kernels/gemm.h"
 #include "runtime/parallel.h"
 #include "runtime/philox.h"
@@ -19,6 +20,7 @@ void gemm_ceiling(benchmark::State& state, const char* backend, GemmCompute comp
   fill_normal(a.data<float>(), a.numel(), 1, 1, 1);
   fill_normal(b.data<float>(), b.numel(), 1, 1, 2);
   force_gemm_backend(backend);
+  const bench::GpuClocks clocks(state);
   for (auto _ : state) run(Gemm{.a = a, .b = b, .c = c, .trans_b = true, .compute = compute});
   force_gemm_backend("auto");
   state.counters["FLOP/s"] =
@@ -28,6 +30,7 @@ void gemm_ceiling(benchmark::State& state, const char* backend, GemmCompute comp
 void read_bandwidth(benchmark::State& state) {
   const Tensor memory = Tensor::zeros({kMemoryBytes / 4}, DType::kF32);
   const float* data = memory.data<float>();
+  const bench::GpuClocks clocks(state);
   for (auto _ : state) {
     double total = 0;
 #pragma omp parallel for reduction(+ : total)
@@ -45,6 +48,7 @@ void read_bandwidth(benchmark::State& state) {
 void copy_bandwidth(benchmark::State& state) {
   const Tensor from = Tensor::zeros({kMemoryBytes / 8}, DType::kF32),
                to = Tensor::zeros({kMemoryBytes / 8}, DType::kF32);
+  const bench::GpuClocks clocks(state);
   for (auto _ : state) {
     parallel_for(0, from.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
       std::copy(from.data<float>() + begin, from.data<float>() + end, to.data<float>() + begin);

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <set>
 
+#include "bench/gpu_clocks.h"
 #include "bench/model_session.h"
 #include "bench/routing.h"
 #include "model/moe_op.h"
@@ -87,6 +88,7 @@ void run_layer(benchmark::State& state, const LayerCase& c) {
   const double flops = load.flops * (c.backward ? (trains ? 2 : 1) : 1);
   DeviceTimer timer(default_device());
   double best = std::numeric_limits<double>::infinity();
+  const GpuClocks clocks(state);
   for (auto _ : state) {
     Tape tape(c.backward);
     if (!c.backward) {

@@ -11,13 +11,14 @@
 // Counters: tokens/s; of_gemm and of_memory, the shares of the measured ceilings (products of that type; reading memory) that the
 // phase's useful FLOPs and its weight bytes come to; MiB: stored (weights of the model), live (all tensors after the phase), peak (of all
 // tensors during it), rss (the process, after its cache is given back); saved_*: against the original in the same phase; activations_KiB/token
-// of a step: peak above weights, gradients and moments.
+// of a step: peak above weights, gradients and moments. On a GPU also its clocks (bench/gpu_clocks.h).
 
 #include <benchmark/benchmark.h>
 
 #include <functional>
 #include <map>
 
+#include "bench/gpu_clocks.h"
 #include "bench/model_session.h"
 #include "model/generate.h"
 #include "model/moe_op.h"
@@ -86,6 +87,7 @@ void prefill(benchmark::State& state, const Variant& v, bool all_logits) {
   const Batch batch = make_batch(random_ids(512, model.config.vocab_size, 2), 1, 512);
   const PassWork work = session.count(batch, all_logits);
   reset_peak_memory();
+  const GpuClocks clocks(state);
   for (auto _ : state) {
     const Tensor hidden = model.forward(batch, options);
     benchmark::DoNotOptimize(model.logits(all_logits ? hidden : hidden.slice(511, 512), options).raw());
@@ -103,6 +105,7 @@ void decode(benchmark::State& state, const Variant& v) {
   const PassWork work =
       session.count_decode(make_batch({ids.begin() + kPrompt, ids.end()}, 1, kNew), kPrompt + kNew / 2);
   reset_peak_memory();
+  const GpuClocks clocks(state);
   for (auto _ : state) {
     state.PauseTiming();
     KvCache cache(model.config, 1, 128, v.weights == DType::kBF16 ? DType::kBF16 : DType::kF32);
@@ -134,6 +137,7 @@ void generate_batch(benchmark::State& state, const Variant& v, int64_t sequences
                                 .forward = {.compute = v.compute}};
   reset_peak_memory();
   GenerateReport times;
+  const GpuClocks clocks(state);
   for (auto _ : state) {
     generate(model, prompts, options, &times);
     state.SetIterationTime(times.decode_seconds);
@@ -150,6 +154,7 @@ void train_step(benchmark::State& state, const Variant& v) {
   session.start_training(batch, v.compute);
   reset_peak_memory();
   const int64_t lasting = memory_use_total().live_bytes;
+  const GpuClocks clocks(state);
   for (auto _ : state) session.train_step(batch, v.compute);
   report(state, v, "step", kRows * kLength, work.step_flop(), 0);
   state.counters["activations_KiB/token"] =

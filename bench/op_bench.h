@@ -1,7 +1,7 @@
 #pragma once
 // One benchmark per op, type and shape: op/NAME/TYPE/SHAPE. Counters: GB/s of the tensors the contract says are moved, GFLOP/s where
 // the op counts them, best_* of the fastest iteration, for machines that are not idle, and on a GPU of_copy, the share of the bandwidth of a
-// large copy in the same process. On the device that LIGHTMOE_BENCH_DEVICE names.
+// large copy in the same process, and its clocks. On the device that LIGHTMOE_BENCH_DEVICE names.
 
 #include <benchmark/benchmark.h>
 #include <fmt/core.h>
@@ -12,6 +12,7 @@
 #include <string>
 
 #include "bench/ceilings.h"
+#include "bench/gpu_clocks.h"
 #include "runtime/device.h"
 #include "runtime/device_timer.h"
 #include "runtime/philox.h"
@@ -37,6 +38,7 @@ inline void measure(benchmark::State& state, const Work& work, bool hot) {
   work.run();
   DeviceTimer timer(default_device());
   double best = std::numeric_limits<double>::infinity();
+  const GpuClocks clocks(state);
   for (auto _ : state) {
     if (default_device() == DeviceKind::kCuda && !hot) flush_caches();
     timer.start();

@@ -172,6 +172,8 @@ DeviceInfo info() {
   check_cuda(cudaGetDevice(&device), "query of the current device");
   cudaDeviceProp properties{};
   check_cuda(cudaGetDeviceProperties(&properties, device), "query of the device's properties");
+  char pci_bus[32] = {};
+  check_cuda(cudaDeviceGetPCIBusId(pci_bus, sizeof pci_bus, device), "query of the device's PCI address");
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
   const auto version = [](int number) { return fmt::format("{}.{}", number / 1000, number % 1000 / 10); };
@@ -181,7 +183,8 @@ DeviceInfo info() {
           .memory_bytes = static_cast<int64_t>(properties.totalGlobalMem),
           .l2_bytes = properties.l2CacheSize,
           .driver = version(driver),
-          .runtime = version(runtime)};
+          .runtime = version(runtime),
+          .pci_bus = pci_bus};
 }
 
 const bool registered = [] {

@@ -14,6 +14,7 @@ struct DeviceInfo {
   int multiprocessors = 0;                 // of a GPU; elsewhere hardware threads in use
   int64_t memory_bytes = 0, l2_bytes = 0;  // 0: unknown
   std::string driver, runtime;             // versions, "13.0"; empty for cpu and sim
+  std::string pci_bus;                     // "0000:1B:00.0"; empty for cpu and sim
 };
 // Error(kDevice) when the device is not there.
 DeviceInfo device_info(DeviceKind device);

@@ -2,8 +2,9 @@
 # Everything that wants a GPU, in one command: every op and model test on the GPU, small ones under compute-sanitizer, training curves of
 # CPU and GPU side by side, the demo, the benchmarks. Into $OUT (build/gpu-check when unset) go summary.txt, device.csv, ops.json,
 # gemm.json, layer.json, model.json, demo.md and logs.tar.gz (logs and JSON of the tests). Runs the programs of `make gpu-build`
-# (build/gpu); cuBLAS is the machine's own. Each part has a time limit, and the limits add up to GPU_CHECK_SECONDS (570), so that a hang does not cost the rest;
-# every part runs even when one before it failed. The exit status says whether all passed.
+# (build/gpu, or build/gpu.tar.xz unpacked); cuBLAS is the machine's own. Each part has a time limit, and the limits add up to
+# GPU_CHECK_SECONDS (570), so that a hang does not cost the rest; every part runs even when one before it failed. The exit status says
+# whether all passed.
 # GPU_CHECK_FULL=1 adds the benchmarks at OLMoE's own size, 30 minutes at most.
 # GPU_CHECK_DEVICE=sim runs the same parts on the simulator, to try this script where there is no GPU.
 set -uo pipefail
@@ -37,6 +38,7 @@ part() {
 }
 skip() { row "$1" skipped 0 "$2"; }
 
+[ -x $pack/device-tests ] || [ ! -f $pack.tar.xz ] || tar -C build -xJf $pack.tar.xz
 [ -x $pack/device-tests ] || { echo "gpu-check: no $pack/device-tests; run make gpu-build where nvcc is" >&2; exit 2; }
 query=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total
 ask_device() { if [ "$device" = cuda ]; then nvidia-smi --query-gpu="$1" --format=csv; else printf 'name\n%s\n' "$device"; fi; }

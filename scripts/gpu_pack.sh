@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# gpu_pack.sh TREE PACK VERSION: the programs of TREE, stripped, with the shared libraries they need into PACK; without the C library and
-# without cuBLAS (600 MB, which machines with a GPU have: scripts/gpu_check.sh finds it).
+# gpu_pack.sh TREE PACK VERSION: the programs of TREE, stripped, with the shared libraries they need into PACK and, to be sent, PACK.tar.xz
+# (the programs hold the same kernels, so that it is a fifteenth of PACK); without the C library and without cuBLAS (600 MB, which
+# machines with a GPU have: scripts/gpu_check.sh finds it).
 set -euo pipefail
 tree=$1 pack=$2 version=$3
 rm -rf "$pack.new"
@@ -13,5 +14,6 @@ done
 echo "$version" > "$pack.new/version"
 rm -rf "$pack"
 mv "$pack.new" "$pack"
-megabytes=$(du -sm "$pack" | cut -f1)
-echo "gpu-build: $pack holds $megabytes MB"
+tar -C "$(dirname "$pack")" -cf - "$(basename "$pack")" | xz -T0 --lzma2=preset=3,dict=256MiB > "$pack.tar.xz.new"
+mv "$pack.tar.xz.new" "$pack.tar.xz"
+echo "gpu-build: $pack holds $(du -sm "$pack" | cut -f1) MB, $pack.tar.xz $(du -m "$pack.tar.xz" | cut -f1) MB"

@@ -6,18 +6,16 @@
 #include <filesystem>
 
 #include "kernels/gemm_check.h"
+#include "tests/support/files.h"
 #include "tests/support/program.h"
 
 namespace lightmoe {
 namespace {
 
+using testing::plugin_path;
 using testing::ProgramResult;
 using testing::run_lightmoe;
 
-// Built beside the test program (Makefile).
-std::string plugin_path(const std::string& name) {
-  return std::filesystem::read_symlink("/proc/self/exe").parent_path() / "plugins" / (name + ".so");
-}
 ProgramResult check_faulty(const std::string& fault) {
   return run_lightmoe({"gemm-check", plugin_path("faulty"), "--shape", "tiny", "--tokens", "4"},
                       {.environment = {"LIGHTMOE_TEST_FAULT=" + fault}});

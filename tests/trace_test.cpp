@@ -33,10 +33,9 @@ int64_t count(const std::vector<std::string>& lines, const std::string& begin) {
 
 // What the recorder heard of a short generation.
 std::vector<std::string> recorded(std::vector<std::string> arguments, const std::filesystem::path& file) {
-  const std::filesystem::path recorder =
-      std::filesystem::read_symlink("/proc/self/exe").parent_path() / "plugins/nvtx_recorder.so";
-  const ProgramResult r = run_lightmoe(arguments, {.environment = {"NVTX_INJECTION64_PATH=" + recorder.string(),
-                                                                   "LIGHTMOE_TEST_NVTX=" + file.string()}});
+  const ProgramResult r =
+      run_lightmoe(arguments, {.environment = {"NVTX_INJECTION64_PATH=" + testing::plugin_path("nvtx_recorder"),
+                                               "LIGHTMOE_TEST_NVTX=" + file.string()}});
   EXPECT_EQ(r.exit_code, 0) << r.err;
   return lines_of(file);
 }

@@ -70,6 +70,10 @@ int in_child(const std::function<int()>& body) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
+std::string plugin_path(const std::string& name) {
+  return std::filesystem::read_symlink("/proc/self/exe").parent_path() / "plugins" / (name + ".so");
+}
+
 void cap_memory_growth(int64_t bytes) {
   int64_t pages = 0;
   std::ifstream("/proc/self/statm") >> pages;

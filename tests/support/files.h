@@ -25,6 +25,9 @@ class TempDir {
   std::filesystem::path path_;
 };
 
+// build/plugins/NAME.so, from tests/plugins/NAME.c.
+std::string plugin_path(const std::string& name);
+
 // Plain writes, without the program's own output layer.
 void put_file(const std::filesystem::path& path, const std::string& bytes);
 std::string get_file(const std::filesystem::path& path);
