@@ -162,12 +162,19 @@ CalibrationSet calibration_set(const std::vector<Document>& documents, const Cal
   std::vector<int64_t> head;  // flat ids and borders, for the hash
   for (const uint32_t i : shuffled_order(documents.size(), o.seed)) {
     const std::vector<int32_t>& ids = documents[i].ids;
+    const std::vector<uint8_t>& loss = documents[i].loss;  // empty: on every token
     for (int64_t begin = 0; begin < static_cast<int64_t>(ids.size()) && set.tokens < o.tokens; begin += o.length) {
       const int64_t count = std::min({o.length, static_cast<int64_t>(ids.size()) - begin, o.tokens - set.tokens});
       set.sequences.emplace_back(ids.begin() + begin, ids.begin() + begin + count);
+      std::vector<int32_t>& labels = set.labels.emplace_back(static_cast<size_t>(count), -100);
+      for (int64_t t = begin + 1; t < begin + count; ++t) {
+        const auto at = static_cast<size_t>(t);
+        if (loss.empty() || loss[at] != 0) labels[at - static_cast<size_t>(begin) - 1] = ids[at];
+      }
       set.tokens += count;
       head.push_back(count);
       head.insert(head.end(), ids.begin() + begin, ids.begin() + begin + count);
+      head.insert(head.end(), labels.begin(), labels.end());
     }
   }
   check(set.tokens > 0, ErrorKind::kInput, "calibration: no tokens in {} documents", documents.size());
@@ -214,6 +221,7 @@ Statistics calibrate(const Olmoe& model, const CalibrationSet& set, const std::s
         statistics.sample_token.push_back(done + first + t);
         statistics.sample_sequence.push_back(static_cast<int32_t>(next));
         statistics.sample_ids.push_back(sequence[static_cast<size_t>(t)]);
+        statistics.sample_labels.push_back(set.labels[next][static_cast<size_t>(t)]);
       }
     }
     begins.push_back(static_cast<int32_t>(ids.size()));
@@ -223,7 +231,7 @@ Statistics calibrate(const Olmoe& model, const CalibrationSet& set, const std::s
     done += static_cast<int64_t>(ids.size());
     if (progress) progress(done, set.tokens);
   }
-  if (options.unit_gradients) add_unit_gradients(model, set.sequences, options.compute, statistics);
+  if (options.unit_gradients) add_unit_gradients(model, set.sequences, set.labels, options.compute, statistics);
   return statistics;
 }
 

@@ -31,9 +31,10 @@ struct CalibrateOptions {
 // The sequences calibration sees, and which of their tokens are sampled: a pure function of documents and options.
 struct CalibrationSet {
   std::vector<std::vector<int32_t>> sequences;
+  std::vector<std::vector<int32_t>> labels;  // the token after each, -100 where the data's loss mask leaves it out
   std::vector<int64_t> sampled;  // per sequence: its first so many tokens
   int64_t tokens = 0;
-  std::string hash;  // of the sequences
+  std::string hash;  // of the sequences and their labels
 };
 CalibrationSet calibration_set(const std::vector<Document>& documents, const CalibrateOptions& options);
 

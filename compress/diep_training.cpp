@@ -45,7 +45,7 @@ ParameterPtr slot_weights(const std::vector<double>& alpha, double beta) {
   p->value = Tensor::empty({std::ssize(alpha)}, DType::kF32);
   const std::vector<double> shares = softmax(alpha);
   for (size_t e = 0; e < alpha.size(); ++e) {
-    p->value.data<float>()[e] = static_cast<float>(beta * static_cast<double>(alpha.size()) * shares[e]);
+    p->value.data<float>()[e] = static_cast<float>(beta * shares[e]);
   }
   p->zero_grad();
   p->ensure_grad();
@@ -90,42 +90,69 @@ double add_distance(Tape& tape, const Var& h, const Tensor& original, double lam
   return lambda * distance;
 }
 
-// d loss / d alpha and beta from d loss / d (beta E softmax(alpha)).
+// d loss / d alpha and beta from d loss / d (beta softmax(alpha)).
 void through_softmax(const Tensor& dw, const std::vector<double>& alpha, double beta, std::vector<double>& dalpha,
                      double& dbeta) {
   const std::vector<double> shares = softmax(alpha);
-  const auto count = static_cast<double>(alpha.size());
   double mean = 0;
   for (size_t e = 0; e < alpha.size(); ++e) mean += shares[e] * static_cast<double>(dw.data<float>()[e]);
-  dbeta = count * mean;
+  dbeta = mean;
   for (size_t e = 0; e < alpha.size(); ++e) {
-    dalpha.push_back(beta * count * shares[e] * (static_cast<double>(dw.data<float>()[e]) - mean));
+    dalpha.push_back(beta * shares[e] * (static_cast<double>(dw.data<float>()[e]) - mean));
   }
 }
 
-// The sequences of the token sample that have a next token.
-std::vector<std::vector<int32_t>> sample_sequences(const Statistics& s) {
-  std::vector<std::vector<int32_t>> sequences;
-  for (size_t i = 0; i < s.sample_ids.size(); ++i) {
-    if (i == 0 || s.sample_sequence[i] != s.sample_sequence[i - 1]) sequences.emplace_back();
-    sequences.back().push_back(s.sample_ids[i]);
+// Adam (betas 0.9 and 0.999) on a few numbers.
+class Adam {
+ public:
+  explicit Adam(size_t count) : mean_(count, 0.0), square_(count, 0.0) {}
+  void step(std::vector<double>& values, const std::vector<double>& gradient, double lr) {
+    ++steps_;
+    const double mean_left = 1 - std::pow(.9, steps_), square_left = 1 - std::pow(.999, steps_);
+    for (size_t i = 0; i < values.size(); ++i) {
+      mean_[i] = .9 * mean_[i] + .1 * gradient[i];
+      square_[i] = .999 * square_[i] + .001 * gradient[i] * gradient[i];
+      values[i] -= lr * mean_[i] / mean_left / (std::sqrt(square_[i] / square_left) + 1e-8);
+    }
   }
-  std::erase_if(sequences, [](const auto& ids) { return ids.size() < 2; });
-  check(!sequences.empty(), ErrorKind::kInput,
-        "the calibration's token sample has no sequence of two tokens; calibrate with longer samples");
+
+ private:
+  std::vector<double> mean_, square_;
+  int steps_ = 0;
+};
+
+struct Sequence {
+  std::vector<int32_t> ids, labels;
+};
+
+// The sequences of the token sample that have a label; in files without labels every next token is one.
+std::vector<Sequence> sample_sequences(const Statistics& s) {
+  std::vector<Sequence> sequences;
+  const size_t n = s.sample_ids.size();
+  for (size_t i = 0; i < n; ++i) {
+    if (i == 0 || s.sample_sequence[i] != s.sample_sequence[i - 1]) sequences.emplace_back();
+    const bool last = i + 1 == n || s.sample_sequence[i + 1] != s.sample_sequence[i];
+    sequences.back().ids.push_back(s.sample_ids[i]);
+    sequences.back().labels.push_back(!s.sample_labels.empty() ? s.sample_labels[i]
+                                      : last                   ? -100
+                                                               : s.sample_ids[i + 1]);
+  }
+  std::erase_if(sequences,
+                [](const Sequence& q) { return std::ranges::all_of(q.labels, [](int32_t l) { return l < 0; }); });
+  check(
+      !sequences.empty(), ErrorKind::kInput,
+      "no token of the calibration's sample has a next one that the data's loss counts; calibrate with longer samples");
   return sequences;
 }
 
-Batch batch_of(const std::vector<std::vector<int32_t>>& sequences, const std::vector<size_t>& order, size_t first,
-               size_t count) {
+Batch batch_of(const std::vector<Sequence>& sequences, const std::vector<size_t>& order, size_t first, size_t count) {
   std::vector<int32_t> ids, labels, positions, begins;
   for (size_t i = first; i < std::min(first + count, order.size()); ++i) {
-    const std::vector<int32_t>& sequence = sequences[order[i]];
+    const Sequence& sequence = sequences[order[i]];
     begins.push_back(static_cast<int32_t>(ids.size()));
-    ids.insert(ids.end(), sequence.begin(), sequence.end());
-    labels.insert(labels.end(), sequence.begin() + 1, sequence.end());
-    labels.push_back(-100);
-    for (size_t t = 0; t < sequence.size(); ++t) positions.push_back(static_cast<int32_t>(t));
+    ids.insert(ids.end(), sequence.ids.begin(), sequence.ids.end());
+    labels.insert(labels.end(), sequence.labels.begin(), sequence.labels.end());
+    for (size_t t = 0; t < sequence.ids.size(); ++t) positions.push_back(static_cast<int32_t>(t));
   }
   begins.push_back(static_cast<int32_t>(ids.size()));
   return make_packed_batch(ids, labels, positions, begins);
@@ -162,7 +189,7 @@ ImportanceGradient importance_gradient(const Olmoe& model, const Batch& batch, d
 }
 
 ExpertImportance learn_importance(const Olmoe& model, const Statistics& sample, const DiepOptions& options) {
-  const std::vector<std::vector<int32_t>> sequences = sample_sequences(sample);
+  const std::vector<Sequence> sequences = sample_sequences(sample);
   const auto layers = static_cast<size_t>(model.config.num_layers),
              slots = static_cast<size_t>(model.config.num_experts);
   const auto batch = static_cast<size_t>(options.batch);
@@ -173,6 +200,8 @@ ExpertImportance learn_importance(const Olmoe& model, const Statistics& sample, 
   std::vector<size_t> order(sequences.size());
   std::iota(order.begin(), order.end(), size_t{0});
   Philox random(options.seed, 0xd1e9);
+  std::vector<Adam> of_alpha(layers, Adam(slots));
+  Adam of_beta(layers);
   ExpertImportance result;
   for (int64_t step = 0; step < steps; ++step) {
     const size_t at = static_cast<size_t>(step) % per_epoch;
@@ -184,10 +213,10 @@ ExpertImportance learn_importance(const Olmoe& model, const Statistics& sample, 
     result.last_loss = g.loss;
     const double progress = static_cast<double>(step) / static_cast<double>(steps);
     const double lr = .5 * options.lr * (1 + std::cos(std::numbers::pi * progress));
-    const bool of_alpha = step % (options.alpha_steps + 1) < options.alpha_steps;
-    for (size_t l = 0; l < layers; ++l) {
-      for (size_t e = 0; of_alpha && e < slots; ++e) logits[l][e] -= lr * g.alpha[l][e];
-      if (!of_alpha) scales[l] -= lr * g.beta[l];
+    if (step % (options.alpha_steps + 1) < options.alpha_steps) {
+      for (size_t l = 0; l < layers; ++l) of_alpha[l].step(logits[l], g.alpha[l], lr);
+    } else {
+      of_beta.step(scales, g.beta, lr);
     }
   }
   for (const std::vector<double>& layer : logits) result.alpha.push_back(softmax(layer));

@@ -105,6 +105,7 @@ void Stages::calibrate(size_t t) {
   // What is collected beside does not change the rest: a method that joins the recipe leaves the others' stages as they are.
   const std::string key =
       key_of({{"statistics", statistics_key(t)},
+              {"loss", "of labels"},
               {"needs", {needs(&reads_all_outputs), needs(&reads_inputs), needs(&reads_unit_gradients)}}});
   if (is_done(key_file, key) && fs::exists(file)) return;
   if (original_ == nullptr) original_ = load_model(recipe_.model, source_dtype());
@@ -143,6 +144,8 @@ Stages::Keys Stages::keys_of(const RunPlan& plan) {
   Json parts = {
       {"stage", "compress"}, {"model", fingerprint_}, {"method", method.method}, {"options", to_json(options)}};
   if (reads_statistics(method)) parts["statistics"] = statistics_key(plan.task);
+  const Method& found = find_method(method.method);
+  if (reads_unit_gradients(found, options) || found.needs == Needs::kTokens) parts["loss"] = "of labels";
   Keys keys{.compressed = key_of(parts), .model = {}, .result = {}};
   keys.model = keys.compressed;
   if (trains(method)) {

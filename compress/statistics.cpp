@@ -71,9 +71,12 @@ Statistics merge_statistics(const std::vector<Statistics>& parts) {
   for (size_t p = 1; p < parts.size(); ++p) {
     const Statistics& s = parts[p];
     check_statistics(s, out.model, out.num_layers, out.num_slots, out.hidden, fmt::format("statistics file {}", p + 1));
-    if (s.sample_ids.size() != s.sample_token.size()) out.sample_ids.clear();  // only when every part has them
-    if (out.sample_ids.size() == out.sample_token.size())
-      out.sample_ids.insert(out.sample_ids.end(), s.sample_ids.begin(), s.sample_ids.end());
+    for (const auto values : {&Statistics::sample_ids, &Statistics::sample_labels}) {  // only when every part has them
+      if ((s.*values).size() != s.sample_token.size()) (out.*values).clear();
+      if ((out.*values).size() == out.sample_token.size()) {
+        (out.*values).insert((out.*values).end(), (s.*values).begin(), (s.*values).end());
+      }
+    }
     const int32_t next_sequence = out.sample_sequence.empty() ? 0 : out.sample_sequence.back() + 1;
     for (const int64_t token : s.sample_token) out.sample_token.push_back(out.tokens + token);
     for (const int32_t sequence : s.sample_sequence) out.sample_sequence.push_back(next_sequence + sequence);

@@ -115,10 +115,13 @@ void read_sample(const SafetensorsFile& file, Statistics& s) {
   s.sample_sequence.assign(sequence.data<int32_t>(), sequence.data<int32_t>() + n);
   const Tensor token = read_checked(file, "sample_token", {n}, DType::kI64);
   s.sample_token.assign(token.data<int64_t>(), token.data<int64_t>() + n);
-  if (file.find("sample_ids") != nullptr) {
-    const Tensor ids = read_checked(file, "sample_ids", {n}, DType::kI32);
-    s.sample_ids.assign(ids.data<int32_t>(), ids.data<int32_t>() + n);
-  }
+  const auto read_optional = [&](const char* name, std::vector<int32_t>& values) {
+    if (file.find(name) == nullptr) return;
+    const Tensor t = read_checked(file, name, {n}, DType::kI32);
+    values.assign(t.data<int32_t>(), t.data<int32_t>() + n);
+  };
+  read_optional("sample_ids", s.sample_ids);
+  read_optional("sample_labels", s.sample_labels);
   const Tensor logits = read_checked(file, "sample_logits", {s.num_layers, n, s.num_slots}, DType::kF32);
   for (size_t l = 0; l < s.layers.size(); ++l) {
     s.layers[l].sample_logits = part<float>(logits, static_cast<int64_t>(l));
@@ -152,6 +155,7 @@ void save_statistics(const Statistics& s, const std::filesystem::path& file) {
     tensors.emplace_back("sample_sequence", Tensor::from(s.sample_sequence, {n}));
     tensors.emplace_back("sample_token", Tensor::from(s.sample_token, {n}));
     if (!s.sample_ids.empty()) tensors.emplace_back("sample_ids", Tensor::from(s.sample_ids, {n}));
+    if (!s.sample_labels.empty()) tensors.emplace_back("sample_labels", Tensor::from(s.sample_labels, {n}));
     tensors.emplace_back("sample_logits", stack(s, {s.num_layers, n, s.num_slots}, &LayerStatistics::sample_logits));
     if (!s.layers.front().sample_inputs.empty()) {
       tensors.emplace_back("sample_inputs", stack(s, {s.num_layers, n, s.hidden}, &LayerStatistics::sample_inputs));

@@ -39,10 +39,9 @@ class ExpertsAlone {
   std::vector<bool> before_;
 };
 
-Batch next_token_batch(const std::vector<int32_t>& ids) {
+Batch batch_of(const std::vector<int32_t>& ids, const std::vector<int32_t>& labels) {
   const auto count = static_cast<int32_t>(ids.size());
-  std::vector<int32_t> labels(ids.begin() + 1, ids.end()), positions(ids.size());
-  labels.push_back(-100);
+  std::vector<int32_t> positions(ids.size());
   std::iota(positions.begin(), positions.end(), 0);
   return make_packed_batch(ids, labels, positions, {0, count});
 }
@@ -75,8 +74,8 @@ double first_order_change(const Parameter& down) {
 
 }  // namespace
 
-void add_unit_gradients(const Olmoe& model, const std::vector<std::vector<int32_t>>& sequences, GemmCompute compute,
-                        Statistics& statistics) {
+void add_unit_gradients(const Olmoe& model, const std::vector<std::vector<int32_t>>& sequences,
+                        const std::vector<std::vector<int32_t>>& labels, GemmCompute compute, Statistics& statistics) {
   const auto units = static_cast<size_t>(model.config.num_experts * model.config.intermediate_size);
   for (LayerStatistics& layer : statistics.layers) {
     layer.unit_gradient2.resize(units, 0.0);
@@ -84,11 +83,12 @@ void add_unit_gradients(const Olmoe& model, const std::vector<std::vector<int32_
   }
   const ExpertsAlone experts_alone(model);
   Olmoe trained = model;  // the same parameters
-  for (const std::vector<int32_t>& ids : sequences) {
-    if (ids.size() < 2) continue;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const auto counted = std::ranges::count_if(labels[i], [](int32_t label) { return label >= 0; });
+    if (counted == 0) continue;
     experts_alone.zero_grad();
-    trained.forward_backward(next_token_batch(ids),
-                             {.compute = compute, .loss_scale = 1 / static_cast<double>(ids.size() - 1)});
+    trained.forward_backward(batch_of(sequences[i], labels[i]),
+                             {.compute = compute, .loss_scale = 1 / static_cast<double>(counted)});
     for (size_t l = 0; l < model.blocks.size(); ++l) {
       const std::vector<Expert>& experts = model.blocks[l].moe.experts;
       double *scores = statistics.layers[l].unit_gradient2.data(), *taylor = statistics.layers[l].taylor.data();

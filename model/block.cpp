@@ -44,27 +44,22 @@ Residual attention_half(Tape& tape, Residual in, const Block& block, const Block
 
 namespace {
 
-// gates[t,k] * weights[slots[t,k]]
-Var weighted_by_slot(Tape& tape, const Var& gates, const Tensor& slots, const ParameterPtr& weights) {
-  check(is_host_memory(slots.device()), ErrorKind::kDevice, "slot weights are learned on the CPU only, not on {}",
-        name_of(slots.device()));
-  const int64_t count = gates.value.numel();
-  const auto weighted = [slots, count, weights](const Tensor& values) {
-    const Tensor y = Tensor::empty(values.shape(), DType::kF32);
-    for (int64_t i = 0; i < count; ++i) {
-      y.data<float>()[i] = values.data<float>()[i] * weights->value.data<float>()[slots.data<int32_t>()[i]];
-    }
-    return y;
-  };
-  const Var y = Tape::output(weighted(gates.value), gates.needs_grad() || weights->trainable);
-  if (!tape.wants(y)) return y;
-  tape.record(y, [=, g = gates.value, dgates = gates.grad](const Tensor& dy) {
-    if (dgates) dgates->add(weighted(dy));
-    if (!weights->trainable) return;
+// Every token to every slot, with one weight per slot as its gate.
+void route_to_every_slot(Tape& tape, Routing& r, int64_t tokens, const ParameterPtr& weights) {
+  const int64_t slots = weights->value.numel();
+  r.slots = Tensor::empty({tokens, slots}, DType::kI32, DeviceKind::kCpu);
+  const Tensor gates = Tensor::empty({tokens, slots}, DType::kF32, DeviceKind::kCpu);
+  for (int64_t i = 0; i < tokens * slots; ++i) {
+    r.slots.data<int32_t>()[i] = static_cast<int32_t>(i % slots);
+    gates.data<float>()[i] = weights->value.data<float>()[i % slots];
+  }
+  r.gates = Tape::output(gates, weights->trainable);
+  r.plan = {};
+  if (!tape.wants(r.gates)) return;
+  tape.record(r.gates, [weights, slots](const Tensor& dy) {
     float* dw = weights->ensure_grad().data<float>();
-    for (int64_t i = 0; i < count; ++i) dw[slots.data<int32_t>()[i]] += dy.data<float>()[i] * g.data<float>()[i];
+    for (int64_t i = 0; i < dy.numel(); ++i) dw[i % slots] += dy.data<float>()[i];
   });
-  return y;
 }
 
 }  // namespace
@@ -99,7 +94,9 @@ MoeHalf moe_half(Tape& tape, Residual in, const Block& block, const BlockContext
     r.slots = left.slots, r.gates.value = left.gates;
   }
   if (context.slot_weights != nullptr) {
-    r.gates = weighted_by_slot(tape, r.gates, r.slots, (*context.slot_weights)[static_cast<size_t>(context.layer)]);
+    check(is_host_memory(n.value.device()), ErrorKind::kDevice, "slot weights are learned on the CPU only, not on {}",
+          name_of(n.value.device()));
+    route_to_every_slot(tape, r, n.value.dim(0), (*context.slot_weights)[static_cast<size_t>(context.layer)]);
   }
   const auto experts = [&layer, slots = r.slots, plan = std::exchange(r.plan, {}), compute = context.compute,
                         routing = context.routing](Tape& t, const std::vector<Var>& in) {

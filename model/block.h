@@ -17,7 +17,7 @@ struct BlockContext {
   Tensor cache_rows;  // with a cache: i32 [T], the cache's row that each new token takes
   const Observer* observer = nullptr;
   const RoutingOptions* routing = nullptr;  // inference
-  // Learned weights of slots, one [E] per layer: gates are multiplied by them (compress/diep.cpp).
+  // Weights to learn, one [E] per layer: every slot runs for every token, with these in place of the router's gates (compress/diep.cpp).
   const std::vector<ParameterPtr>* slot_weights = nullptr;
 };
 

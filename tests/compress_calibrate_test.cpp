@@ -171,6 +171,18 @@ TEST(Calibrate, MergingHalvesIsCalibratingTheWhole) {
   }
 }
 
+// A label is the next token where the loss falls on predicting it; a piece's last token has none.
+TEST(CalibrationSet, LabelsFollowTheLossMask) {
+  const CalibrateOptions options{
+      .tokens = 100, .length = 4, .batch_tokens = 8, .sample_tokens = 50, .sample_length = 4};
+  const CalibrationSet set = calibration_set({{.ids = {1, 2, 3, 4, 5, 6, 7}, .loss = {0, 0, 1, 1, 1, 0, 1}}}, options);
+  EXPECT_EQ(set.sequences, (std::vector<std::vector<int32_t>>{{1, 2, 3, 4}, {5, 6, 7}}));
+  EXPECT_EQ(set.labels, (std::vector<std::vector<int32_t>>{{-100, 3, 4, -100}, {-100, 7, -100}}));
+  const CalibrationSet whole = calibration_set({{.ids = {1, 2, 3, 4, 5, 6, 7}}}, options);
+  EXPECT_EQ(whole.labels, (std::vector<std::vector<int32_t>>{{2, 3, 4, -100}, {6, 7, -100}}));
+  EXPECT_NE(whole.hash, set.hash);
+}
+
 TEST(CalibrationSet, TakesWhatIsAskedForAndSamplesEvenly) {
   std::vector<Document> documents;
   for (int i = 0; i < 50; ++i) documents.push_back({.ids = std::vector<int32_t>(static_cast<size_t>(5 + i % 7), i)});

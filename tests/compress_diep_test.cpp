@@ -67,14 +67,35 @@ TEST(Diep, AnExpertOfZerosByHand) {
   for (const std::vector<double>& layer : g.alpha) EXPECT_NEAR(layer[0] + layer[1] + layer[2] + layer[3], 0, 1e-7);
 }
 
-// At the start the factors are 1: the loss is the model's own and there is nothing to reconstruct.
-TEST(Diep, StartsAsTheModel) {
+// Where the router chooses all experts with equal gates, the relaxed model starts as the model: its loss is the model's own and there is
+// nothing to reconstruct.
+TEST(Diep, StartsAsTheMeanOfAllExperts) {
   const auto model = small_model();
+  model->config.num_experts_per_token = 4;
+  for (const Block& block : model->blocks) block.moe.router->value.fill_zero();
   const Matrix alpha(2, std::vector<double>(4, 0.0));
   const ImportanceGradient g = importance_gradient(*model, one_sequence(), 1e6, alpha, {1, 1});
   for (const ParameterPtr& p : model->parameters()) EXPECT_TRUE(p->trainable);
   const TrainLosses own = model->forward_backward(one_sequence(), {});
   EXPECT_NEAR(g.loss, own.ce_sum / static_cast<double>(own.labels), 1e-6);
+}
+
+// Only labels count: with none but the last, the learned weights differ from those of every next token; with none at all there is an error.
+TEST(Diep, LearnsFromTheLabels) {
+  const auto model = small_model();
+  Statistics sample = empty_statistics(2, 4, 8, false);
+  for (int i = 0; i < 6; ++i) {
+    sample.sample_ids.push_back(i + 1), sample.sample_token.push_back(i), sample.sample_sequence.push_back(i / 3);
+  }
+  const DiepOptions options{.epochs = 2, .batch = 1};
+  const ExpertImportance every = learn_importance(*model, sample, options);
+  sample.sample_labels = {2, 3, -100, 5, 6, -100};
+  EXPECT_EQ(learn_importance(*model, sample, options).alpha, every.alpha);
+  sample.sample_labels = {-100, 3, -100, -100, 6, -100};
+  EXPECT_NE(learn_importance(*model, sample, options).alpha, every.alpha);
+  sample.sample_labels.assign(6, -100);
+  EXPECT_TRUE(
+      testing::fails_with(ErrorKind::kInput, {"loss counts"}, [&] { learn_importance(*model, sample, options); }));
 }
 
 TEST(Diep, RemovesByLearnedScoresOverAllLayers) {

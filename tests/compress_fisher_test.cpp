@@ -90,23 +90,28 @@ TEST(Fisher, ScoresAreSquaredGradientsOfEachSequence) {
   for (size_t i = 0; i < model->parameters().size(); ++i) {
     precise->parameters()[i]->value.copy_from(model->parameters()[i]->value);
   }
-  const std::vector<std::vector<int32_t>> sequences = {{1, 2, 3, 4, 5}, {6}, {7, 8, 9}};
+  // The third is counted in one place, the fourth nowhere.
+  const std::vector<std::vector<int32_t>> sequences = {{1, 2, 3, 4, 5}, {6}, {7, 8, 9}, {2, 1}};
+  const std::vector<std::vector<int32_t>> labels = {{2, 3, 4, 5, -100}, {-100}, {-100, 9, -100}, {-100, -100}};
   Statistics statistics = empty_statistics(2, 3, 4, false);
   model->parameters()[3]->trainable = false;
-  add_unit_gradients(*model, sequences, GemmCompute::kF32, statistics);
+  add_unit_gradients(*model, sequences, labels, GemmCompute::kF32, statistics);
   EXPECT_FALSE(model->parameters()[3]->trainable);  // as it was
   EXPECT_TRUE(model->parameters()[4]->trainable);
   for (const ParameterPtr& p : precise->parameters()) p->trainable = false;
-  const auto loss = [&](const std::vector<int32_t>& ids) {
-    const auto n = static_cast<int64_t>(ids.size());
-    return precise->forward_backward(make_batch(ids, 1, n, ids), {}).ce_sum / static_cast<double>(n - 1);
+  const auto loss = [&](size_t s) {
+    const std::vector<int32_t>& ids = sequences[s];
+    const std::vector<int32_t> counted = s == 0 ? ids : std::vector<int32_t>{-100, -100, 9};
+    const TrainLosses sums =
+        precise->forward_backward(make_batch(ids, 1, static_cast<int64_t>(ids.size()), counted), {});
+    return sums.ce_sum / (s == 0 ? 4 : 1);
   };
-  const auto slope2 = [&](double& w, const std::vector<int32_t>& ids) {
+  const auto slope2 = [&](double& w, size_t s) {
     const double before = w, step = 1e-5;
     w = before + step;
-    const double up = loss(ids);
+    const double up = loss(s);
     w = before - step;
-    const double down = loss(ids);
+    const double down = loss(s);
     w = before;
     return (up - down) / (2 * step) * (up - down) / (2 * step);
   };
@@ -116,9 +121,9 @@ TEST(Fisher, ScoresAreSquaredGradientsOfEachSequence) {
       double expected = 0;
       for (const size_t s : {0u, 2u}) {
         for (int64_t k = 0; k < 4; ++k) {
-          expected += slope2(expert.gate_up->value.data<double>()[j * 4 + k], sequences[s]) / 4;
-          expected += slope2(expert.gate_up->value.data<double>()[(3 + j) * 4 + k], sequences[s]) / 4;
-          expected += slope2(expert.down->value.data<double>()[k * 3 + j], sequences[s]) / 4;
+          expected += slope2(expert.gate_up->value.data<double>()[j * 4 + k], s) / 4;
+          expected += slope2(expert.gate_up->value.data<double>()[(3 + j) * 4 + k], s) / 4;
+          expected += slope2(expert.down->value.data<double>()[k * 3 + j], s) / 4;
         }
       }
       const double found = statistics.layers[1].unit_gradient2[static_cast<size_t>(e * 3 + j)];
@@ -138,6 +143,12 @@ TEST(Fisher, StatisticsAreKeptAddedAndAskedFor) {
   const Statistics both = merge_statistics({read, read});
   EXPECT_EQ(both.layers[0].unit_gradient2[7], 2 * read.layers[0].unit_gradient2[7]);
   EXPECT_EQ(std::ssize(both.sample_ids), both.sample_size());
+  EXPECT_EQ(read.sample_labels, ground.statistics.sample_labels);
+  EXPECT_EQ(std::ssize(both.sample_labels), both.sample_size());
+  Statistics old = read;
+  old.sample_labels.clear();
+  EXPECT_TRUE(merge_statistics({read, old}).sample_labels.empty());
+  EXPECT_TRUE(merge_statistics({old, read}).sample_labels.empty());
   Statistics bare = read;
   for (LayerStatistics& layer : bare.layers) layer.unit_gradient2.clear();
   EXPECT_TRUE(merge_statistics({read, bare}).layers[0].unit_gradient2.empty());

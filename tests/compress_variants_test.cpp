@@ -44,9 +44,9 @@ TEST(Variants, TaylorImportanceIsTheLossWithoutTheExpert) {
   const auto model = load_model(ground.model, DType::kF32);
   const std::vector<int32_t> ids(ground.calibration[0].ids.begin(), ground.calibration[0].ids.begin() + 12);
   Statistics statistics = empty_statistics(2, 64, model->config.hidden_size, false);
-  add_unit_gradients(*model, {ids}, GemmCompute::kF32, statistics);
   std::vector<int32_t> labels(ids.begin() + 1, ids.end());
   labels.push_back(-100);
+  add_unit_gradients(*model, {ids}, {labels}, GemmCompute::kF32, statistics);
   std::vector<int32_t> positions(ids.size());
   std::iota(positions.begin(), positions.end(), 0);
   const Batch batch = make_packed_batch(ids, labels, positions, {0, static_cast<int32_t>(ids.size())});
