@@ -75,7 +75,7 @@ else ifeq ($(MODE),asan)
   CXXFLAGS += -march=$(ARCH) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
     $(ASAN_WARNINGS)
   LDFLAGS += -fsanitize=address,undefined
-  # A third of the time of the tests of whole models would go into overflow checks of the register tile's counters.
+  # A quarter of the time of a test of a whole model would go into overflow checks of the register tile's counters (98 s against 72 s).
   $(BUILD)/obj/kernels/gemm_native_tile.o: CXXFLAGS += -fno-sanitize=undefined
 else ifeq ($(MODE),debug)
   CXXFLAGS += -O0 -march=$(ARCH)

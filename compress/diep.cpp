@@ -4,7 +4,7 @@
 //   4. at run time the choices a token needs least are skipped (`--skip-experts`, compress/skipping.h).
 // Published: 1-4; 128 samples, 10 epochs, batch 16, lr 5e-3 with cosine decay, alpha and beta 3 : 1, lambda 0.01; in eq. 5 the relaxed layer
 // sums ALL experts with alpha in place of the router's weights. Our reading: the softmaxed alpha in the score; Adam (eq. 8 and 9 write a
-// plain step, but 5e-3 times these gradients moves alpha by 0.02 in 150 steps, and the score is all beta's). Changed: the reconstruction
+// plain step, but 5e-3 times these gradients moves no alpha by more than 0.03 in 150 steps). Changed: the reconstruction
 // compares final hidden states H, relative to || H ||_F (the bare norm grows with tokens and width and drowned the cross-entropy); at least
 // K experts per layer stay. The cross-entropy falls where the data's loss does: a model that was trained on answers alone says nothing
 // about prompts.

@@ -41,8 +41,7 @@ struct Statistics {
   std::vector<int64_t> sample_token;     // [N] index of the token in the pass
   std::vector<int32_t> sample_sequence;  // [N] which sequence it belongs to, ascending
   std::vector<int32_t> sample_ids;       // [N] the token itself; empty in old files
-  std::vector<int32_t>
-      sample_labels;  // [N] the token after it, -100 where the data's loss leaves it out; empty in old files
+  std::vector<int32_t> sample_labels;    // [N] the next token, -100 where the loss skips it; empty in old files
 
   int64_t sample_size() const { return static_cast<int64_t>(sample_sequence.size()); }
 };
