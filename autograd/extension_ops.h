@@ -1,8 +1,8 @@
 #pragma once
-// Small differentiable ops of what stands beside the experts (model/moe_extension.h). Plain loops on the CPU, f32 or f64; another device
-// is refused by who calls them. Blocks: a row [n*r] is n blocks of r.
+// Small differentiable ops of what stands beside the experts (model/moe_extension.h), of kernels/contraction.h, activation.h, softmax_top.h,
+// combine.h and masked_mean.h. f32, bf16 or f64. Blocks: a row [n*r] is n blocks of r.
 //   parameter_value   the parameter as an activation, its gradient goes to the parameter
-//   activate          gelu (by erf), tanh, sigmoid, element by element
+//   activate          kernels/activation.h, element by element
 //   multiply          a * b, element by element, one shape
 //   multiply_scalar   s x, s [1]
 //   columns           x[:, begin : begin + count]
@@ -13,14 +13,14 @@
 //   mix_blocks        y[t, p r + j] = sum_i w[t, p n + i] x[t, i r + j]                       x [T,n*r]  w [T,P*n]  y [T,P*r]
 //   block_linear      y[t, i m + o] = sum_j x[t, i r + j] w[i m + o, j]                       x [T,n*r]  w [n*m,r]  y [T,n*m]
 //   add_tiled         y[t, p n + j] = x[t,j] + c[p,j]                                         x [T,n]  c [P,n]  y [T,P*n]
-//   mix_rows          y[t,:] = sum_k w[t,k] table[index[t,k],:]; an index outside the table adds nothing      index i32 [T,K]  table [E,n]
+//   mix_rows          y[t,:] = sum_k w[t,k] table[index[t,k],:]; index E adds nothing                        index i32 [T,K]  table [E,n]
 
 #include "autograd/ops.h"
+#include "kernels/activation.h"
 
 namespace lightmoe {
 
 Var parameter_value(Tape& tape, const ParameterPtr& p, DType dtype);
-enum class Activation : uint8_t { kGelu, kTanh, kSigmoid };
 Var activate(Tape& tape, const Var& x, Activation kind);
 Var multiply(Tape& tape, const Var& a, const Var& b);
 Var multiply_scalar(Tape& tape, const Var& x, const Var& s);
@@ -35,6 +35,6 @@ Var add_tiled(Tape& tape, const Var& x, const Var& c);
 Var mix_rows(Tape& tape, const Var& table, const Tensor& index, const Var& w);
 // A root: mean over the tensors of the mean over their elements, gradient of `scale` times it. Row i of g [T*K,N] is of token i / K, whose
 // mask u8 [T] (undefined: all) may leave it out.
-double openness_loss(Tape& tape, const std::vector<Var>& g, const Tensor& mask, double scale);
+Loss openness_loss(Tape& tape, const std::vector<Var>& g, const Tensor& mask, double scale);
 
 }  // namespace lightmoe

@@ -1,7 +1,6 @@
-#include <cmath>
-
 #include "autograd/ops.h"
 #include "kernels/cross_entropy.h"
+#include "kernels/masked_mean.h"
 #include "kernels/router.h"
 
 namespace lightmoe {
@@ -46,59 +45,19 @@ Loss load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vec
   return {loss};
 }
 
-namespace {
-
-// f(p [E] of a token, layer, token) for the tokens of every layer that the mask counts; returns their number.
-template <class T, class F>
-int64_t for_each_token(const std::vector<Tensor>& probs, const Tensor& mask, F&& f) {
-  int64_t tokens = 0;
-  for (size_t l = 0; l < probs.size(); ++l) {
-    for (int64_t t = 0; t < probs[l].dim(0); ++t) {
-      if (mask.defined() && mask.data<uint8_t>()[t] == 0) continue;
-      ++tokens;
-      f(probs[l].data<T>() + t * probs[l].dim(1), l, t);
-    }
+Loss router_entropy_loss(Tape& tape, const std::vector<Var>& probs, const Tensor& mask, double scale) {
+  RouterEntropy op{.probs = {}, .mask = mask, .scale = scale, .loss = Tensor::empty({1}, DType::kF64), .dprobs = {}};
+  for (const Var& p : probs) {
+    op.probs.push_back(p.value);
+    op.dprobs.push_back(tape.recording() && p.grad ? Tensor::empty(p.value.shape(), p.value.dtype()) : Tensor());
   }
-  return tokens;
-}
-
-template <class T>
-double router_entropy(Tape& tape, const std::vector<Var>& probs, const Tensor& mask, double scale) {
-  std::vector<Tensor> values;
-  for (const Var& p : probs) values.push_back(p.value);
-  double sum = 0;
-  const int64_t tokens = for_each_token<T>(values, mask, [&](const T* p, size_t l, int64_t) {
-    for (int64_t e = 0; e < values[l].dim(1); ++e) {
-      const auto v = static_cast<double>(p[e]);
-      if (v > 0) sum -= v * std::log(v);
-    }
-  });
-  if (tokens == 0) return 0;
-  tape.record([probs, values, mask, factor = scale / static_cast<double>(tokens)] {
-    std::vector<Tensor> gradients;
-    for (const Tensor& p : values) gradients.push_back(Tensor::zeros(p.shape(), p.dtype()));
-    for_each_token<T>(values, mask, [&](const T* p, size_t l, int64_t t) {
-      T* d = gradients[l].data<T>() + t * values[l].dim(1);
-      for (int64_t e = 0; e < values[l].dim(1); ++e) {
-        const auto v = static_cast<double>(p[e]);
-        d[e] = v > 0 ? static_cast<T>(-factor * (std::log(v) + 1)) : T(0);
-      }
-    });
+  run(op);
+  tape.record([probs, gradients = op.dprobs] {
     for (size_t l = 0; l < probs.size(); ++l) {
-      if (probs[l].grad) probs[l].grad->add(gradients[l]);
+      if (gradients[l].defined()) probs[l].grad->add(gradients[l]);
     }
   });
-  return sum / static_cast<double>(tokens);
-}
-
-}  // namespace
-
-double router_entropy_loss(Tape& tape, const std::vector<Var>& probs, const Tensor& mask, double scale) {
-  const Tensor& first = probs.front().value;
-  check(is_host_memory(first.device()), ErrorKind::kDevice,
-        "the router's entropy is trained on the CPU only, not on {}", name_of(first.device()));
-  return first.dtype() == DType::kF64 ? router_entropy<double>(tape, probs, mask, scale)
-                                      : router_entropy<float>(tape, probs, mask, scale);
+  return {op.loss};
 }
 
 double dot_loss(Tape& tape, const Var& y, const Tensor& weights) {

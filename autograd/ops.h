@@ -68,7 +68,7 @@ Loss lm_head_loss(Tape& tape, const Var& x, const ParameterPtr& w, const Tensor&
 Loss load_balance_loss(Tape& tape, const std::vector<Var>& probs, const std::vector<Tensor>& slots, const Tensor& mask,
                        double scale);
 // Mean over layers and unmasked tokens of -sum_e p_e ln p_e (removed slots, p = 0, count nothing); gradient of `scale` times it.
-double router_entropy_loss(Tape& tape, const std::vector<Var>& probs, const Tensor& mask, double scale);
+Loss router_entropy_loss(Tape& tape, const std::vector<Var>& probs, const Tensor& mask, double scale);
 // <y, weights>: a root for gradient checks.
 double dot_loss(Tape& tape, const Var& y, const Tensor& weights);
 

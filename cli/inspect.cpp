@@ -100,7 +100,7 @@ Json to_json(const StoredCount& count) {
 }
 
 Json to_json(const ModelSummary& s, const std::string& model, bool tensors) {
-  Json out = {{"model", model}, {"layout", s.layout}, {"config", Json::parse(config_to_json(s.config))}};
+  Json out = {{"model", model}, {"layout", s.layout}, {"config", parse_json(config_to_json(s.config), "config.json")}};
   out["total"] = to_json(s.total);
   for (int k = 0; k < kNumParameterKinds; ++k) {
     out["kinds"][std::string(name_of(static_cast<ParameterKind>(k)))] = to_json(s.kinds[static_cast<size_t>(k)]);

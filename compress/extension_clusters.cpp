@@ -15,7 +15,8 @@ double length_of(const double* row, size_t width) {
   return std::sqrt(sum);
 }
 
-void start_layer(const LayerStatistics& layer, const Tensor& clusters, uint64_t seed) {
+void start_layer(const LayerStatistics& layer, const Tensor& value, uint64_t seed) {
+  const Tensor clusters = Tensor::empty(value.shape(), value.dtype(), DeviceKind::kCpu);
   const auto width = static_cast<size_t>(clusters.dim(1)), n = layer.sample_inputs.size() / width;
   const std::vector<double> rows(layer.sample_inputs.begin(), layer.sample_inputs.end());
   double mean_length = 0;
@@ -30,6 +31,7 @@ void start_layer(const LayerStatistics& layer, const Tensor& clusters, uint64_t 
     for (size_t j = 0; j < width; ++j)
       clusters.data<float>()[c * width + j] = static_cast<float>(length > 0 ? mean[j] * mean_length / length : 0);
   }
+  value.copy_from(clusters);
 }
 
 }  // namespace

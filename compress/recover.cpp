@@ -246,8 +246,10 @@ TrainLosses Recovery::Observed::forward_backward(const Batch& batch, const Train
   return forward_backward_with(*r.model_, batch, observed, [&](Tape& tape, const Var& states) {
     const DistillationLoss loss = distillation_loss(tape, states, r.model_->lm_head, batch.labels, distillation,
                                                     {options.loss_scale, options.compute});
-    recovery_.kl_ = loss.kl_sum / static_cast<double>(std::max<int64_t>(1, batch.num_labels));
-    return [loss] { return loss.ce_sum; };
+    return [this, loss, labels = std::max<int64_t>(1, batch.num_labels)] {
+      recovery_.kl_ = loss.kl_sum() / static_cast<double>(labels);
+      return loss.ce_sum();
+    };
   });
 }
 

@@ -9,7 +9,6 @@
 
 #include "compress/svg.h"
 #include "compress/text.h"
-#include "loaders/json.h"
 
 namespace lightmoe {
 namespace {

@@ -5,7 +5,6 @@
 // Published: every token of 3000 sequences of C4, one epoch, 8 sequences a step, rate 5e-5, tau = 1. Ours: the tokens that the data marks
 // (all of them in plain text, answers else), any schedule. Rows of masked slots get no gradient, so that removing slots leaves fewer
 // rows to train; nothing annealed, no adapter added. Cost: a forward pass of the original and its weights in memory.
-// On the CPU only (autograd/distillation.h).
 
 #include <filesystem>
 #include <memory>

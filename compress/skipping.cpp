@@ -6,6 +6,7 @@
 #include "kernels/gemm.h"
 #include "kernels/router.h"
 #include "model/moe_op.h"
+#include "runtime/device.h"
 
 namespace lightmoe {
 namespace {
@@ -40,12 +41,14 @@ Tensor slot_output(const MoeLayer& layer, int32_t slot, const Tensor& x) {
   const Tensor slots = Tensor::from(std::vector<int32_t>(static_cast<size_t>(rows), slot), {rows, 1});
   const Tensor gates = Tensor::from(std::vector<float>(static_cast<size_t>(rows), 1.0F), {rows, 1});
   Tape tape(false);
-  return moe_experts(tape, Tape::constant(x), layer, slots, Tape::constant(gates), GemmCompute::kF32).value;
+  return moe_experts(tape, Tape::constant(x.on(default_device())), layer, slots, Tape::constant(gates),
+                     GemmCompute::kF32)
+      .value;
 }
 
 // Products of the centred rows, [n,n] in f64, divided by their Frobenius norm (0 where all rows are alike).
 Tensor unit_gram(const Tensor& y) {
-  const Tensor centred = y.to(DType::kF64);
+  const Tensor centred = y.on(DeviceKind::kCpu).to(DType::kF64);
   const int64_t n = y.dim(0), d = y.dim(1);
   double* v = centred.data<double>();
   for (int64_t j = 0; j < d; ++j) {
@@ -53,7 +56,7 @@ Tensor unit_gram(const Tensor& y) {
     for (int64_t i = 0; i < n; ++i) mean += v[i * d + j];
     for (int64_t i = 0; i < n; ++i) v[i * d + j] -= mean / static_cast<double>(n);
   }
-  const Tensor gram = Tensor::empty({n, n}, DType::kF64);
+  const Tensor gram = Tensor::empty({n, n}, DType::kF64, DeviceKind::kCpu);
   run(Gemm{.a = centred, .b = centred, .c = gram, .trans_b = true});
   double squares = 0;
   for (int64_t i = 0; i < n * n; ++i) squares += gram.data<double>()[i] * gram.data<double>()[i];
@@ -114,7 +117,7 @@ std::vector<std::vector<double>> skip_factors(const Statistics& s, const Olmoe& 
     check(!inputs.empty(), ErrorKind::kInput,
           "skipping by likeness: the statistics have no sample of inputs; calibrate with --sample-inputs");
     const int64_t all = s.sample_size(), count = std::min(all, kCkaTokens);
-    const Tensor x = Tensor::empty({count, s.hidden}, DType::kF32);
+    const Tensor x = Tensor::empty({count, s.hidden}, DType::kF32, DeviceKind::kCpu);
     for (int64_t i = 0; i < count; ++i) {
       const float* row = inputs.data() + i * all / count * s.hidden;
       std::copy(row, row + s.hidden, x.data<float>() + i * s.hidden);

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "compress/weights.h"
+#include "loaders/json.h"
 #include "loaders/output.h"
 
 namespace lightmoe {

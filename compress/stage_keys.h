@@ -5,7 +5,7 @@
 #include <string>
 
 #include "compress/recipe.h"
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 
 namespace lightmoe {
 

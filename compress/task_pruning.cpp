@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "compress/pruning.h"
+#include "loaders/json.h"
 #include "model/weights.h"
 
 namespace lightmoe {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "compress/plan.h"
-#include "loaders/json.h"
+#include "loaders/json_type.h"
 #include "model/olmoe.h"
 
 namespace lightmoe {

@@ -4,7 +4,6 @@
 #include <queue>
 #include <tuple>
 
-#include "loaders/json.h"
 #include "loaders/tokenizer_text.h"
 #include "runtime/error.h"
 

@@ -24,7 +24,4 @@ struct JsonLimits {
 Json parse_json(std::string_view text, const std::string& name, const JsonLimits& limits = {});
 Json read_json_file(const std::string& path, const JsonLimits& limits = {});
 
-// Text out of a file made fit for a one-line message: control and non-ASCII bytes as \xNN, long text cut in the middle.
-std::string printable(std::string_view text, size_t max_length = 200);
-
 }  // namespace lightmoe

@@ -6,9 +6,9 @@
 #include <cstring>
 #include <limits>
 #include <unordered_map>
+#include <utility>
 
 #include "loaders/input_file.h"
-#include "loaders/json.h"
 #include "loaders/safetensors_header.h"
 #include "runtime/device.h"
 #include "runtime/error.h"

@@ -1,6 +1,5 @@
 // Oniguruma's Ruby syntax into PCRE2's, for the constructs that tokenizers use.
 
-#include "loaders/json.h"
 #include "loaders/tokenizer_split.h"
 #include "runtime/error.h"
 

@@ -3,7 +3,6 @@
 
 #include <pcre2.h>
 
-#include "loaders/json.h"
 #include "loaders/tokenizer_text.h"
 #include "runtime/error.h"
 

@@ -71,8 +71,7 @@ std::vector<double> shares(const T* gates, int64_t top_k) {
 
 Tensor substitute_missing(const BuddyOptions& options, int layer, const Tensor& slots, const Tensor& gates,
                           ResidencyCounts& counts) {
-  check(is_host_memory(slots.device()), ErrorKind::kDevice, "buddies answer on the CPU only, not on {}",
-        name_of(slots.device()));
+  require(slots.device() == DeviceKind::kCpu, "buddies: the choices are on {}", name_of(slots.device()));
   const auto l = static_cast<size_t>(layer);
   require(l < options.layers.size(), "buddies: {} layers, layer {}", options.layers.size(), layer);
   const Tensor runs = slots.clone();

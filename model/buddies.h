@@ -32,7 +32,7 @@ struct ResidencyCounts {
 };
 
 // slots i32 [T,K], gates [T,K] f32 or f64, the largest first. Returns the slots that run, in a tensor of their own; slot number E (skipped)
-// stays. On the CPU only (Error(kDevice)).
+// stays. Choices on the CPU.
 Tensor substitute_missing(const BuddyOptions& options, int layer, const Tensor& slots, const Tensor& gates,
                           ResidencyCounts& counts);
 

@@ -5,9 +5,9 @@
 // Published: 4 of 8, the whole model fine-tuned with the vectors. They start at ones: plain top K - auxiliary, untrained. Ours: a token whose
 // auxiliaries have no gates left (skipped at run time) takes ones.
 
-#include <algorithm>
-
 #include "autograd/extension_ops.h"
+#include "kernels/contraction.h"
+#include "kernels/indexing.h"
 #include "model/moe_extension.h"
 #include "model/moe_modulated.h"
 
@@ -40,22 +40,23 @@ class CompressedExperts : public MoeExtension {
 
  private:
   static Tensor part(const Tensor& slots, int64_t begin, int64_t count) {
-    const Tensor out = Tensor::empty({slots.dim(0), count}, DType::kI32);
-    for (int64_t i = 0; i < out.numel(); ++i)
-      out.data<int32_t>()[i] = slots.data<int32_t>()[i / count * slots.dim(1) + begin + i % count];
+    const int64_t tokens = slots.dim(0), top_k = slots.dim(1);
+    std::vector<int32_t> places;
+    for (int64_t i = 0; i < tokens * count; ++i)
+      places.push_back(static_cast<int32_t>(i / count * top_k + begin + i % count));
+    const Tensor out = Tensor::empty({tokens, count}, DType::kI32);
+    lightmoe::run(
+        Lookup{.table = slots.reshape({tokens * top_k}), .index = Tensor::from(places, {tokens, count}), .y = out});
     return out;
   }
   // Rows of tokens without weights are 0 and become 1; the table has no part in them.
   static void fill_empty_rows(const Tensor& e, const Tensor& weights) {
-    const auto fill = [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      const int64_t k = weights.dim(1), n = e.dim(1);
-      for (int64_t t = 0; t < e.dim(0); ++t) {
-        const T* w = weights.data<T>() + t * k;
-        if (std::all_of(w, w + k, [](T v) { return v == 0; })) std::fill_n(e.data<T>() + t * n, n, T(1));
-      }
-    };
-    e.dtype() == DType::kF64 ? fill(static_cast<double*>(nullptr)) : fill(static_cast<float*>(nullptr));
+    const int64_t tokens = e.dim(0), n = e.dim(1), k = weights.dim(1);
+    const Tensor sums = Tensor::empty({tokens}, weights.dtype());
+    lightmoe::run(Contraction{.shape = {tokens, 1, 1}, .terms = k, .a = {weights, {k}, 1}, .b = {}, .y = {sums, {1}}});
+    lightmoe::run(Activate{.kind = Activation::kIsZero, .x = sums, .y = sums});
+    lightmoe::run(Contraction{
+        .shape = {tokens, 1, n}, .a = {sums.to(e.dtype()), {1}}, .b = {}, .y = {e, {n, 0, 1}}, .accumulate = true});
   }
 
   int64_t auxiliary_, width_;

@@ -7,6 +7,7 @@
 // by 0: nothing is faster.
 
 #include "autograd/extension_ops.h"
+#include "kernels/contraction.h"
 #include "model/moe_extension.h"
 #include "model/moe_modulated.h"
 #include "model/routing.h"
@@ -15,15 +16,10 @@
 namespace lightmoe {
 namespace {
 
-template <class T>
-int64_t round_gates(const Tensor& g, const Tensor& out) {
-  int64_t open = 0;
-  for (int64_t i = 0; i < g.numel(); ++i) {
-    const bool is_open = g.data<T>()[i] > T(.5);
-    out.data<T>()[i] = is_open ? T(1) : T(0);
-    open += is_open ? 1 : 0;
-  }
-  return open;
+double sum_of(const Tensor& x) {
+  const Tensor values = x.to(DType::kF32), sum = Tensor::empty({1}, DType::kF32);
+  run(Contraction{.terms = x.numel(), .a = {values, {}, 1}, .b = {}, .y = {sum}});
+  return static_cast<double>(sum.on(DeviceKind::kCpu).data<float>()[0]);
 }
 
 class Dsmoe : public MoeExtension {
@@ -39,11 +35,10 @@ class Dsmoe : public MoeExtension {
     const int64_t slots = call.layer.num_slots();
     const Var g = activate(tape, slot_linear(tape, call.x, call.slots, weights_, bias_, slots), Activation::kSigmoid);
     const Var hard = Tape::output(Tensor::empty(g.value.shape(), g.value.dtype()), g.needs_grad());
-    const int64_t open = g.value.dtype() == DType::kF64 ? round_gates<double>(g.value, hard.value)
-                                                        : round_gates<float>(g.value, hard.value);
+    lightmoe::run(Activate{.kind = Activation::kOpen, .x = g.value, .y = hard.value});
     tape.record(hard, [dg = g.grad](const Tensor& dy) { dg->share(dy); });
     if (call.routing != nullptr && call.routing->counts != nullptr) {  // a choice that was skipped has g = 1/2: closed
-      call.routing->counts->blocks_run += open;
+      call.routing->counts->blocks_run += static_cast<int64_t>(sum_of(hard.value));
       count_blocks(*call.routing, call.slots, slots, 0, g.value.dim(1));
     }
     const ModulatedExperts in{

@@ -151,9 +151,11 @@ void start_extension(const MoeExtension& extension, int64_t layer, uint64_t seed
   for (const ExtensionTensor& tensor : extension.tensors()) {
     const std::string name = extension_tensor_name(layer, extension.shape().kind, tensor.name);
     const uint64_t stream = XXH3_64bits(name.data(), name.size());
-    const Tensor& out = tensor.parameter->value;
-    out.dtype() == DType::kF64 ? fill<double>(out, tensor.start, seed, stream)
-                               : fill<float>(out, tensor.start, seed, stream);
+    const Tensor& value = tensor.parameter->value;
+    const Tensor made = Tensor::empty(value.shape(), value.dtype(), DeviceKind::kCpu);
+    made.dtype() == DType::kF64 ? fill<double>(made, tensor.start, seed, stream)
+                                : fill<float>(made, tensor.start, seed, stream);
+    value.copy_from(made);
   }
 }
 

@@ -21,8 +21,6 @@ MoeResult run_moe(Tape& tape, const MoeCall& call) {
     return {.y = moe_experts(tape, call.x, call.layer, call.slots, call.gates, call.compute, call.plan), .open = {}};
   }
   const ExtensionKind& kind = find_extension(extension->shape().kind);
-  check(call.x.value.device() == DeviceKind::kCpu, ErrorKind::kDevice, "extension {} runs on the CPU only, not on {}",
-        kind.name, name_of(call.x.value.device()));
   check(!kind.own_experts || (owns_its_experts(call.layer) && has_one_width(call.layer)), ErrorKind::kUsage,
         "extension {} needs slots with experts of their own, all of one width and without adapters", kind.name);
   return extension->run(tape, call);

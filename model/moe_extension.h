@@ -5,7 +5,6 @@
 // A kind is one file model/extension_*.cpp and one line  const RegisterExtension kind{{.name = ...}};  nothing else knows it by name.
 // On disk: "extension": {"kind": "pesc", "experts": 8, ..} in a layer's object of config.json (model/slot_table.h), the tensors are
 // model.layers.L.mlp.KIND.NAME. Settings are whole numbers. As a text: "pesc" or "pesc:experts=4,rank=2".
-// On the CPU only: another device is refused when the block runs (Error(kDevice)).
 
 #include <cstdint>
 #include <memory>

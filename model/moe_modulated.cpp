@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/combine.h"
+#include "kernels/contraction.h"
 #include "kernels/dispatch_plan.h"
 #include "kernels/indexing.h"
 #include "kernels/swiglu.h"
@@ -35,7 +36,7 @@ class ModulatedRun {
   }
   const Tensor& a() const { return a_; }
 
-  // y, with m of every pair (undefined: 1).
+  // y, with m of every pair and block [P,B] (undefined: 1).
   Tensor forward(const Tensor& m, const Tensor& gates, int64_t tokens, int64_t hidden) {
     m_ = m, gates_ = gates;
     const Tensor rows = pair_rows(hidden, a_.dtype()), y = Tensor::empty({tokens, hidden}, a_.dtype());
@@ -45,7 +46,7 @@ class ModulatedRun {
   }
 
   struct Gradients {
-    Tensor gates, m;      // [T,K]; of every pair and unit [P,F]
+    Tensor gates, m;      // [T,K]; of every pair and block [P,B]
     Tensor x_gate, x_up;  // [T,D]
   };
   Gradients backward(const Tensor& x_gate, const Tensor& x_up, const Tensor& dy, bool wants_x) {
@@ -61,7 +62,7 @@ class ModulatedRun {
                          .da = da,
                          .dgates = g.gates});
     weight_gradient(down_, kWhole, {.a = dy, .a_rows = plan_.pair_token, .b = gated(ma)});
-    if (m_.defined()) g.m = times(da, a_);
+    if (m_.defined()) g.m = block_sums(da, a_);
     const Tensor dh = Tensor::empty(h_.shape(), h_.dtype());
     run(SwiGluBackward{.h = h_, .da = scaled(da), .dh = dh});
     weight_gradient(gate_up_, kGate, {.a = dh, .b = x_gate, .b_rows = plan_.pair_token});
@@ -99,16 +100,29 @@ class ModulatedRun {
                      .a_column = columns.a,
                      .c_column = columns.c});
   }
-  Tensor times(const Tensor& a, const Tensor& b) const {
+  int64_t blocks() const { return m_.dim(1); }
+  StridedView by_block(const Tensor& a) const { return {a, {width_, width_ / blocks(), 1}}; }
+  // a [P,F], each block of units times its multiplier.
+  Tensor scaled(const Tensor& a) const {
+    if (!m_.defined()) return a;
     const Tensor y = Tensor::empty(a.shape(), a.dtype());
-    const auto multiply = [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      for (int64_t i = 0; i < y.numel(); ++i) y.data<T>()[i] = a.data<T>()[i] * b.data<T>()[i];
-    };
-    y.dtype() == DType::kF64 ? multiply(static_cast<double*>(nullptr)) : multiply(static_cast<float*>(nullptr));
+    run(Contraction{.shape = {a.dim(0), blocks(), width_ / blocks()},
+                    .a = by_block(a),
+                    .b = {m_, {blocks(), 1, 0}},
+                    .y = by_block(y)});
     return y;
   }
-  Tensor scaled(const Tensor& a) const { return m_.defined() ? times(a, m_) : a; }
+  // Sums of a * b over the units of a block, [P,B].
+  Tensor block_sums(const Tensor& a, const Tensor& b) const {
+    const Tensor sums = Tensor::empty(m_.shape(), m_.dtype());
+    const int64_t units = width_ / blocks();
+    run(Contraction{.shape = {a.dim(0), blocks(), 1},
+                    .terms = units,
+                    .a = {a, {width_, units, 0}, 1},
+                    .b = {b, {width_, units, 0}, 1},
+                    .y = {sums, {blocks(), 1, 0}}});
+    return sums;
+  }
   // Rows times the gate of their pair.
   Tensor gated(const Tensor& a) const {
     const Tensor s = Tensor::empty(a.shape(), a.dtype());
@@ -146,63 +160,27 @@ class ModulatedRun {
   double beta_ = 0;  // of the gradient at hand
 };
 
-// m of every pair and unit, from the multipliers of tokens or choices.
-struct Multipliers {
-  Tensor scale, pair_token, pair_index;
-  int64_t units = 0;  // of a block
-  bool by_token = false;
-  int64_t row_of(int64_t pair) const { return (by_token ? pair_token : pair_index).data<int32_t>()[pair]; }
-  template <class F>
-  void visit(int64_t pairs, int64_t width, F&& f) const {  // f(pair * width + unit, index into scale)
-    for (int64_t p = 0; p < pairs; ++p) {
-      for (int64_t j = 0; j < width; ++j) f(p * width + j, row_of(p) * scale.dim(1) + j / units);
-    }
-  }
-};
-
-template <class F>
-void of_type(DType dtype, F&& f) {
-  dtype == DType::kF64 ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));
-}
-
-Tensor expanded(const Multipliers& m, int64_t pairs, int64_t width) {
-  const Tensor all = Tensor::empty({pairs, width}, m.scale.dtype());
-  of_type(all.dtype(), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    m.visit(pairs, width, [&](int64_t to, int64_t from) { all.data<T>()[to] = m.scale.data<T>()[from]; });
-  });
-  return all;
-}
-
-Tensor gathered(const Multipliers& m, const Tensor& dm) {
-  const Tensor d = Tensor::zeros(m.scale.shape(), m.scale.dtype());
-  of_type(d.dtype(), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    m.visit(dm.dim(0), dm.dim(1), [&](int64_t from, int64_t to) { d.data<T>()[to] += dm.data<T>()[from]; });
-  });
-  return d;
-}
-
 }  // namespace
 
 Var modulated_experts(Tape& tape, const ModulatedExperts& in, const MoeLayer& layer, GemmCompute compute) {
   const int64_t tokens = in.slots.dim(0), hidden = in.x_gate.value.dim(1);
   const auto pass = std::make_shared<ModulatedRun>(layer, in.slots, compute);
   pass->activate(in.x_gate.value, in.x_up.value);
-  Multipliers m{.scale = in.scale.value, .pair_token = pass->plan().pair_token, .pair_index = pass->plan().pair_index};
-  Tensor units;
-  if (m.scale.defined()) {
-    m.units = pass->width() / m.scale.dim(1), m.by_token = m.scale.dim(0) == tokens;
-    require(
-        m.units * m.scale.dim(1) == pass->width() && (m.scale.dim(0) == tokens || m.scale.dim(0) == in.slots.numel()),
-        "modulated_experts: multipliers {}, expected {} or {} rows of a divisor of {}", m.scale.shape(), tokens,
-        in.slots.numel(), pass->width());
-    units = expanded(m, pass->plan().num_pairs, pass->width());
+  const Tensor scale = in.scale.value;
+  const bool by_token = scale.defined() && scale.dim(0) == tokens;
+  Tensor of_pairs;
+  if (scale.defined()) {
+    require(pass->width() % scale.dim(1) == 0 && (by_token || scale.dim(0) == in.slots.numel()),
+            "modulated_experts: multipliers {}, expected {} or {} rows of a divisor of {}", scale.shape(), tokens,
+            in.slots.numel(), pass->width());
+    of_pairs = Tensor::empty({pass->plan().num_pairs, scale.dim(1)}, scale.dtype());
+    const Tensor& row = by_token ? pass->plan().pair_token : pass->plan().pair_index;
+    run(ExpandPairs{.x = scale, .pair_visit = row, .y = of_pairs});
   }
   bool trains = false;
   for (const Expert& e : layer.experts) trains = trains || e.gate_up->trainable || e.down->trainable;
   const bool wants_x = in.x_gate.needs_grad() || in.x_up.needs_grad();
-  const Var y = Tape::output(pass->forward(units, in.gates.value, tokens, hidden),
+  const Var y = Tape::output(pass->forward(of_pairs, in.gates.value, tokens, hidden),
                              wants_x || in.gates.needs_grad() || in.scale.needs_grad() || trains);
   tape.record(y, [=, x_gate = Saved(in.x_gate), x_up = Saved(in.x_up), d_gate = in.x_gate.grad, d_up = in.x_up.grad,
                   dgates = in.gates.grad, dscale = in.scale.grad](const Tensor& dy) {
@@ -210,7 +188,14 @@ Var modulated_experts(Tape& tape, const ModulatedExperts& in, const MoeLayer& la
     if (d_gate) d_gate->add(g.x_gate);
     if (d_up) d_up->add(g.x_up);
     if (dgates) dgates->add(g.gates);
-    if (dscale) dscale->add(gathered(m, g.m));
+    if (!dscale) return;
+    const Tensor d = Tensor::zeros(scale.shape(), scale.dtype());
+    if (by_token) {
+      run(Combine{.x = g.m, .index = pass->plan().index_pair, .y = d});
+    } else {
+      run(ScatterRows{.x = g.m, .index = pass->plan().pair_index, .y = d});
+    }
+    dscale->add(d);
   });
   return y;
 }

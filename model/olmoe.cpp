@@ -171,7 +171,7 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
   require(batch.labels.defined(), "forward_backward: the batch has no labels");
   TrainLosses losses{.labels = batch.num_labels};
   std::function<double()> ce;
-  Loss aux;
+  Loss aux, entropy, open;
   Tape tape;
   {
     const TraceRange trace(TraceLevel::kPhase, "forward", batch.tokens());
@@ -197,11 +197,11 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
     const double aux_scale = options.aux_coef * options.aux_scale;
     aux = load_balance_loss(aux_scale != 0 ? tape : reporting, probs, slots, batch.mask, aux_scale);
     const double entropy_scale = options.entropy_coef * options.aux_scale;
-    if (entropy_scale != 0) losses.entropy = router_entropy_loss(tape, probs, batch.mask, entropy_scale);
+    if (entropy_scale != 0) entropy = router_entropy_loss(tape, probs, batch.mask, entropy_scale);
     const double sparsity_scale = options.sparsity_coef * options.aux_scale;
     check(sparsity_scale == 0 || !opens.empty(), ErrorKind::kUsage,
           "a sparsity loss needs an extension with gates of blocks of units (dsmoe); the model has none");
-    if (sparsity_scale != 0) losses.open = openness_loss(tape, opens, batch.mask, sparsity_scale);
+    if (sparsity_scale != 0) open = openness_loss(tape, opens, batch.mask, sparsity_scale);
   }
   const TraceRange trace(TraceLevel::kPhase, "backward", batch.tokens());
   tape.backward();
@@ -209,6 +209,8 @@ TrainLosses forward_backward_with(Olmoe& model, const Batch& batch, const TrainO
     if (p->trainable) p->ensure_grad();
   }
   losses.ce_sum = ce(), losses.aux = aux.value();  // the host waits here and nowhere before
+  if (entropy.sum.defined()) losses.entropy = entropy.value();
+  if (open.sum.defined()) losses.open = open.value();
   return losses;
 }
 

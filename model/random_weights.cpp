@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-#include "loaders/json.h"
 #include "loaders/output.h"
 #include "loaders/safetensors.h"
 #include "model/parameter_table.h"

@@ -49,27 +49,34 @@ int64_t experts_per_token(const RoutingOptions* options, int64_t model_top_k) {
 void count_blocks(const RoutingOptions& options, const Tensor& slots, int64_t num_slots, int64_t run, int64_t all) {
   if (options.counts == nullptr) return;
   int64_t choices = 0;
-  for (int64_t i = 0; i < slots.numel(); ++i) choices += slots.data<int32_t>()[i] < num_slots ? 1 : 0;
+  const Tensor chosen = slots.on(DeviceKind::kCpu);
+  for (int64_t i = 0; i < chosen.numel(); ++i) choices += chosen.data<int32_t>()[i] < num_slots ? 1 : 0;
   options.counts->blocks += choices * all;
   options.counts->blocks_run += choices * run;
 }
 
 RoutedTokens apply_routing(const RoutingOptions& options, int layer, int64_t num_slots, bool renormalize,
                            const RoutedTokens& routed) {
-  RoutedTokens left = apply_skipping(options, layer, num_slots, renormalize, routed);
-  if (options.buddies.layers.empty()) return left;
-  ResidencyCounts counts;
-  left.slots = substitute_missing(options.buddies, layer, left.slots, left.gates,
-                                  options.counts != nullptr ? options.counts->residency : counts);
-  return left;
+  const DeviceKind device = routed.slots.device();
+  const bool changes = !options.skip_threshold.empty() || !options.buddies.layers.empty();
+  const auto at = [](DeviceKind place, const RoutedTokens& t) {
+    return RoutedTokens{t.slots.on(place), t.gates.on(place)};
+  };
+  RoutedTokens left =
+      apply_skipping(options, layer, num_slots, renormalize, changes ? at(DeviceKind::kCpu, routed) : routed);
+  if (!options.buddies.layers.empty()) {
+    ResidencyCounts counts;
+    left.slots = substitute_missing(options.buddies, layer, left.slots, left.gates,
+                                    options.counts != nullptr ? options.counts->residency : counts);
+  }
+  return at(device, left);
 }
 
 RoutedTokens apply_skipping(const RoutingOptions& options, int layer, int64_t num_slots, bool renormalize,
                             const RoutedTokens& routed) {
   if (options.counts != nullptr) options.counts->chosen += routed.slots.numel();
   if (options.skip_threshold.empty()) return routed;
-  check(is_host_memory(routed.slots.device()), ErrorKind::kDevice, "skipping experts runs on the CPU only, not on {}",
-        name_of(routed.slots.device()));
+  require(routed.slots.device() == DeviceKind::kCpu, "skipping: the choices are on {}", name_of(routed.slots.device()));
   const auto l = static_cast<size_t>(layer);
   require(l < options.skip_threshold.size(), "skipping: {} thresholds, layer {}", options.skip_threshold.size(), layer);
   const Rule rule{.threshold = options.skip_threshold[l],

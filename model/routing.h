@@ -6,7 +6,8 @@
 //               as they were (OLMoE does not renormalise), or renormalised over them where norm_topk_prob.
 //   buddies     with some experts of each layer resident only, who answers for the others (model/buddies.h); after skipping
 //   unit_blocks how many blocks of units inside the chosen experts run (model/extension_moefication.cpp)
-// Skipped choices get slot number E, which the MoE op drops (kernels/dispatch_plan.h). Inference only; skipping and buddies on the CPU only.
+// Skipped choices get slot number E, which the MoE op drops (kernels/dispatch_plan.h). Inference only. Skipping and buddies are
+// the host's: on a GPU the choices of a layer go there and back.
 
 #include <cstdint>
 #include <vector>
@@ -42,7 +43,7 @@ void count_blocks(const RoutingOptions& options, const Tensor& slots, int64_t nu
 // What runs: skipping, then buddies. Counts.
 RoutedTokens apply_routing(const RoutingOptions& options, int layer, int64_t num_slots, bool renormalize,
                            const RoutedTokens& routed);
-// Counts, and replaces skipped slots by `num_slots` in a copy.
+// Counts, and replaces skipped slots by `num_slots` in a copy. Choices on the CPU.
 RoutedTokens apply_skipping(const RoutingOptions& options, int layer, int64_t num_slots, bool renormalize,
                             const RoutedTokens& routed);
 

@@ -1,78 +1,75 @@
 #include "model/slot_linear.h"
 
-#include "runtime/parallel.h"
+#include <numeric>
+
+#include "kernels/combine.h"
+#include "kernels/dispatch_plan.h"
+#include "kernels/elementwise.h"
+#include "kernels/indexing.h"
 
 namespace lightmoe {
 namespace {
 
-struct Sizes {
-  int64_t choices, top_k, hidden, rows, slots;  // rows: N
-};
-
-template <class T>
-void forward(const Sizes& n, const Tensor& x, const Tensor& slots, const Tensor& w, const Tensor& b, const Tensor& y) {
-  parallel_for(0, n.choices, 16, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      const int32_t slot = slots.data<int32_t>()[c];
-      if (slot >= n.slots) continue;
-      const T* in = x.data<T>() + c / n.top_k * n.hidden;
-      for (int64_t i = 0; i < n.rows; ++i) {
-        const T* row = w.data<T>() + (slot * n.rows + i) * n.hidden;
-        T sum = b.defined() ? b.data<T>()[slot * n.rows + i] : T(0);
-        for (int64_t j = 0; j < n.hidden; ++j) sum += row[j] * in[j];
-        y.data<T>()[c * n.rows + i] = sum;
-      }
-    }
-  });
+DispatchPlan plan_of(const Tensor& slots, int64_t num_slots) {
+  std::vector<int32_t> group_of_slot(static_cast<size_t>(num_slots) + 1);
+  std::iota(group_of_slot.begin(), group_of_slot.end(), 0);
+  group_of_slot.back() = -1;
+  return make_dispatch_plan(slots, group_of_slot, num_slots);
 }
 
-// f(choice, slot, i): every output that is not 0 for want of a slot.
-template <class F>
-void visit(const Sizes& n, const Tensor& slots, F&& f) {
-  for (int64_t c = 0; c < n.choices; ++c) {
-    const int32_t slot = slots.data<int32_t>()[c];
-    for (int64_t i = 0; slot < n.slots && i < n.rows; ++i) f(c, slot * n.rows + i, c * n.rows + i);
-  }
+// The rows of each slot.
+std::vector<Tensor> split(const Tensor& w, int64_t num_slots) {
+  std::vector<Tensor> parts;
+  const int64_t rows = w.dim(0) / num_slots;
+  for (int64_t s = 0; s < num_slots; ++s) parts.push_back(w.slice(s * rows, (s + 1) * rows));
+  return parts;
 }
-
-template <class T>
-void backward(const Sizes& n, const Tensor& x, const Tensor& slots, const Tensor& w, const Tensor& dy, const Tensor& dx,
-              const Tensor& dw, const Tensor& db) {
-  visit(n, slots, [&](int64_t c, int64_t row, int64_t at) {
-    const T d = dy.data<T>()[at];
-    const int64_t token = c / n.top_k * n.hidden;
-    for (int64_t j = 0; dx.defined() && j < n.hidden; ++j)
-      dx.data<T>()[token + j] += d * w.data<T>()[row * n.hidden + j];
-    for (int64_t j = 0; dw.defined() && j < n.hidden; ++j)
-      dw.data<T>()[row * n.hidden + j] += d * x.data<T>()[token + j];
-    if (db.defined()) db.data<T>()[row] += d;
-  });
-}
-
-Tensor as(const Tensor& t, DType dtype) { return t.dtype() == dtype ? t : t.to(dtype); }
 
 }  // namespace
 
 Var slot_linear(Tape& tape, const Var& x, const Tensor& slots, const ParameterPtr& w, const ParameterPtr& b,
                 int64_t num_slots) {
   const DType dtype = x.value.dtype();
-  const Sizes n{.choices = slots.numel(),
-                .top_k = slots.dim(1),
-                .hidden = x.value.dim(1),
-                .rows = w->value.dim(0) / num_slots,
-                .slots = num_slots};
-  const Tensor weights = as(w->value, dtype), bias = b != nullptr ? as(b->value, dtype) : Tensor();
+  const int64_t choices = slots.numel(), rows = w->value.dim(0) / num_slots;
+  const auto plan = std::make_shared<const DispatchPlan>(plan_of(slots, num_slots));
   const bool trains = w->trainable || (b != nullptr && b->trainable);
-  const Var y = Tape::output(Tensor::zeros({n.choices, n.rows}, dtype), x.needs_grad() || trains);
-  dtype == DType::kF64 ? forward<double>(n, x.value, slots, weights, bias, y.value)
-                       : forward<float>(n, x.value, slots, weights, bias, y.value);
+  const Var y = Tape::output(Tensor::zeros({choices, rows}, dtype), x.needs_grad() || trains);
+  const Tensor of_pairs = Tensor::empty({plan->num_pairs, rows}, dtype);
+  run(GroupedGemmM{.a = x.value,
+                   .a_rows = plan->pair_token,
+                   .offsets = plan->pair_group_offsets,
+                   .b = split(w->value, num_slots),
+                   .c = of_pairs,
+                   .trans_b = true});
+  run(ScatterRows{.x = of_pairs, .index = plan->pair_index, .y = y.value});
+  if (b != nullptr) {  // a row of zeros for number E
+    const Tensor table = Tensor::zeros({num_slots + 1, rows}, dtype), bias = Tensor::empty({choices, rows}, dtype);
+    const Tensor values = b->value.reshape({num_slots, rows});
+    table.slice(0, num_slots).copy_from(values.dtype() == dtype ? values : values.to(dtype));
+    run(ExpandPairs{.x = table, .pair_visit = slots.reshape({choices}), .y = bias});
+    run(Add{.a = y.value, .b = bias, .y = y.value});
+  }
   tape.record(y, [=, x = Saved(x), dx = x.grad](const Tensor& dy) {
-    const Tensor in = x.get(), d = dx ? Tensor::zeros(in.shape(), dtype) : Tensor();
-    const Tensor dw = w->trainable ? w->ensure_grad() : Tensor();
-    const Tensor db = b != nullptr && b->trainable ? b->ensure_grad() : Tensor();
-    dtype == DType::kF64 ? backward<double>(n, in, slots, weights, dy, d, dw, db)
-                         : backward<float>(n, in, slots, weights, dy, d, dw, db);
-    if (dx) dx->add(d);
+    const Tensor in = x.get(), d = Tensor::empty({plan->num_pairs, rows}, dtype);
+    run(ExpandPairs{.x = dy, .pair_visit = plan->pair_index, .y = d});
+    if (w->trainable) {
+      run(GroupedGemmK{.a = d,
+                       .b = in,
+                       .b_rows = plan->pair_token,
+                       .offsets = plan->pair_group_offsets,
+                       .c = split(w->ensure_grad(), num_slots),
+                       .beta = 1});
+    }
+    if (b != nullptr && b->trainable) {
+      const Tensor sums = Tensor::empty({num_slots + 1, rows}, dtype);
+      run(SumPairs{.x = dy, .pair_visit = slots.reshape({choices}), .y = sums});
+      run(Axpy{.x = sums.slice(0, num_slots).reshape({num_slots * rows}), .y = b->ensure_grad()});
+    }
+    if (!dx) return;
+    const Tensor of_x = Tensor::empty({plan->num_pairs, in.dim(1)}, dtype), sum = Tensor::empty(in.shape(), dtype);
+    run(GroupedGemmM{.a = d, .offsets = plan->pair_group_offsets, .b = split(w->value, num_slots), .c = of_x});
+    run(Combine{.x = of_x, .index = plan->index_pair, .y = sum});
+    dx->add(sum);
   });
   return y;
 }

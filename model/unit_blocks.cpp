@@ -1,56 +1,28 @@
 #include "model/unit_blocks.h"
 
-#include <algorithm>
-#include <cmath>
-#include <numeric>
-
-#include "runtime/parallel.h"
+#include "kernels/activation.h"
+#include "kernels/combine.h"
+#include "kernels/contraction.h"
+#include "kernels/softmax_top.h"
 
 namespace lightmoe {
 namespace {
 
-// |W_d[:,j]| of every unit of every expert, [experts][F].
-std::vector<std::vector<double>> unit_lengths(const MoeLayer& layer) {
-  std::vector<std::vector<double>> lengths(layer.experts.size());
-  parallel_items(std::ssize(lengths), [&](int64_t e) {
-    const Tensor w = layer.experts[static_cast<size_t>(e)].down->value.to(DType::kF64);
-    std::vector<double>& of = lengths[static_cast<size_t>(e)];
-    of.assign(static_cast<size_t>(w.dim(1)), 0.0);
-    for (int64_t i = 0; i < w.dim(0); ++i) {
-      for (size_t j = 0; j < of.size(); ++j) of[j] += std::pow(w.row(i).data<double>()[j], 2);
-    }
-    for (double& v : of) v = std::sqrt(v);
-  });
+void apply(Activation kind, const Tensor& x) { run(Activate{.kind = kind, .x = x, .y = x}); }
+
+// |W_d[:,j]| of every unit of the expert that each slot points to, [E+1,F]; number E has zeros.
+Tensor unit_lengths(const MoeLayer& layer, int64_t width, DType dtype) {
+  const Tensor lengths = Tensor::zeros({layer.num_slots() + 1, width}, dtype);
+  for (int64_t s = 0; s < layer.num_slots(); ++s) {
+    const Slot& slot = layer.slots[static_cast<size_t>(s)];
+    if (slot.kind == SlotKind::kRemoved) continue;
+    const Tensor w = layer.experts[static_cast<size_t>(slot.expert)].down->value.to(dtype);
+    const StridedView columns{w, {0, 0, 1}, width};
+    run(Contraction{
+        .shape = {1, 1, width}, .terms = w.dim(0), .a = columns, .b = columns, .y = flat(lengths.slice(s, s + 1))});
+  }
+  apply(Activation::kSqrt, lengths);
   return lengths;
-}
-
-template <class T>
-void contributions(const MoeLayer& layer, const Tensor& a, const Tensor& slots, const Tensor& out) {
-  const std::vector<std::vector<double>> lengths = unit_lengths(layer);
-  const int64_t f = a.dim(1), n = out.dim(1), units = f / n;
-  for (int64_t c = 0; c < a.dim(0); ++c) {
-    const int32_t slot = slots.data<int32_t>()[c];
-    if (slot >= layer.num_slots()) continue;
-    const std::vector<double>& length = lengths[static_cast<size_t>(layer.slots[static_cast<size_t>(slot)].expert)];
-    for (int64_t b = 0; b < n; ++b) {
-      double sum = 0;
-      for (int64_t j = b * units; j < (b + 1) * units; ++j)
-        sum += std::abs(static_cast<double>(a.data<T>()[c * f + j])) * length[static_cast<size_t>(j)];
-      out.data<T>()[c * n + b] = static_cast<T>(sum);
-    }
-  }
-}
-
-template <class T>
-void largest_to_one(const Tensor& scores, int64_t keep, const Tensor& out) {
-  const int64_t n = scores.dim(1);
-  std::vector<int32_t> order(static_cast<size_t>(n));
-  for (int64_t c = 0; c < scores.dim(0); ++c) {
-    const T* row = scores.data<T>() + c * n;
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [row](int32_t x, int32_t y) { return row[x] > row[y]; });
-    for (int64_t i = 0; i < keep; ++i) out.data<T>()[c * n + order[static_cast<size_t>(i)]] = 1;
-  }
 }
 
 }  // namespace
@@ -58,15 +30,23 @@ void largest_to_one(const Tensor& scores, int64_t keep, const Tensor& out) {
 Tensor block_contributions(const MoeLayer& layer, const Tensor& a, const Tensor& slots, int64_t blocks) {
   require(a.dim(0) == slots.numel() && a.dim(1) % blocks == 0, "block_contributions: a {}, {} choices, {} blocks",
           a.shape(), slots.numel(), blocks);
-  const Tensor out = Tensor::zeros({a.dim(0), blocks}, a.dtype());
-  a.dtype() == DType::kF64 ? contributions<double>(layer, a, slots, out) : contributions<float>(layer, a, slots, out);
-  return out;
+  const int64_t choices = a.dim(0), width = a.dim(1), units = width / blocks;
+  const DType dtype = a.dtype() == DType::kF64 ? DType::kF64 : DType::kF32;
+  const Tensor sizes = a.to(dtype), lengths = Tensor::empty(a.shape(), dtype),
+               out = Tensor::empty({choices, blocks}, dtype);
+  apply(Activation::kAbs, sizes);
+  run(ExpandPairs{.x = unit_lengths(layer, width, dtype), .pair_visit = slots.reshape({choices}), .y = lengths});
+  run(Contraction{.shape = {choices, blocks, 1},
+                  .terms = units,
+                  .a = {sizes, {width, units, 0}, 1},
+                  .b = {lengths, {width, units, 0}, 1},
+                  .y = {out, {blocks, 1, 0}}});
+  return out.to(a.dtype());
 }
 
 Tensor keep_largest(const Tensor& scores, int64_t keep) {
-  require(keep >= 0 && keep <= scores.dim(1), "keep_largest: {} of {}", keep, scores.dim(1));
-  const Tensor out = Tensor::zeros(scores.shape(), scores.dtype());
-  scores.dtype() == DType::kF64 ? largest_to_one<double>(scores, keep, out) : largest_to_one<float>(scores, keep, out);
+  const Tensor out = Tensor::empty(scores.shape(), scores.dtype());
+  run(KeepLargest{.x = scores, .k = keep, .y = out});
   return out;
 }
 

@@ -10,6 +10,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace lightmoe {
 
@@ -54,5 +55,8 @@ template <class... Args>
 void require(bool ok, fmt::format_string<Args...> format, Args&&... args) {
   if (!ok) throw_error(ErrorKind::kInternal, format, fmt::make_format_args(args...));
 }
+
+// Text out of a file made fit for a one-line message: control and non-ASCII bytes as \xNN, long text cut in the middle.
+std::string printable(std::string_view text, size_t max_length = 200);
 
 }  // namespace lightmoe

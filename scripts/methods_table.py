@@ -2,11 +2,13 @@
 """The table of methods: what `lightmoe compress --list` says of each, beside what a comparison measured (its report.json).
 
     scripts/methods_table.py demo/results/compare/report.json > demo/results/compare/methods.md
+    scripts/methods_table.py demo/results/compare/report.json --ratios 0.25 0.5        # README.md's
 """
+import argparse
 import json
 import re
 import subprocess
-import sys
+import tomllib
 
 
 def listed(program):
@@ -21,35 +23,48 @@ def listed(program):
     return found
 
 
-def mean(row, tasks):
-    values = [row["tasks"][t]["mean"] for t in tasks]
-    return None if any(v is None for v in values) else 100 * sum(values) / len(values)
+def share(cell):
+    """Mean and spread of a cell in %; nothing where no run is."""
+    if cell is None or cell["mean"] is None:
+        return "-"
+    return f"{100 * cell['mean']:.1f}" + (f" ± {100 * cell['deviation']:.1f}" if cell["deviation"] is not None else "")
 
 
 def main():
-    report = json.load(open(sys.argv[1]))
-    program = sys.argv[2] if len(sys.argv) > 2 else "build/lightmoe"
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("report")
+    arguments.add_argument("--program", default="build/lightmoe")
+    arguments.add_argument("--ratios", type=float, nargs="+")
+    options = arguments.parse_args()
+    report = json.load(open(options.report))
+    with open(report["recipe"], "rb") as file:
+        recipe = tomllib.load(file)
     known = [t["name"] for t in report["tasks"] if t["scenario"] == "preserving"]
-    every = [t["name"] for t in report["tasks"]]
-    ratios = sorted({row["ratio"] for row in report["rows"] if row["ratio"] > 0})
+    ratios = options.ratios or sorted({row["ratio"] for row in report["rows"] if row["ratio"] > 0})
     rows = {(row["method"], row["ratio"], row["recovered"]): row for row in report["rows"]}
-    text = lambda value: "-" if value is None else f"{value:.1f}"
-    head = ["method", "source", "slots", "reads"] + [f"{100 * r:g} %" for r in ratios] + ["50 %, recovered", "seeds"]
-    print(f"Exact match in %, mean of {', '.join(known)} without training; after recovery mean of all five tasks. Made from "
-          f"`{sys.argv[1]}` ({report['computed_by']}).\n")
-    print("| " + " | ".join(head) + " |\n|" + "---|" * 4 + "---:|" * (len(ratios) + 2))
-    order = []
-    for name, (slots, reads, paper, _) in listed(program).items():
-        cells = [rows.get((name, r, False)) for r in ratios]
-        recovered = rows.get((name, 0.5, True))
-        if not any(cells) and recovered is None:
+
+    def as_compressed(name, ratio):
+        """Mean of the known tasks, a number."""
+        row = rows.get((name, ratio, False))
+        values = [row["tasks"][t]["mean"] for t in known] if row else [None]
+        return None if None in values else 100 * sum(values) / len(values)
+
+    print(f"Exact match in %: as compressed, mean of {', '.join(known)}; recovered, mean of all five tasks ± standard deviation over seeds. "
+          f"Made from `{options.report}` ({report['computed_by']}).\n")
+    head = ["method", "source", "slots", "reads", *[f"{100 * r:g} %" for r in ratios], *[f"{100 * r:g} %, recovered" for r in ratios]]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * 4 + "---:|" * (2 * len(ratios)))
+    methods = listed(options.program)
+    table = []
+    for name in recipe["recipe"]["methods"]:
+        base = recipe.get("method", {}).get(name, {}).get("method", name)
+        if base not in methods or not any((name, r, recovered) in rows for r in ratios for recovered in (False, True)):
             continue
-        free = [mean(row, known) if row else None for row in cells]
-        trained = mean(recovered, every) if recovered else None
-        seeds = min(recovered["tasks"][t]["seeds"] for t in every) if recovered else 0
-        line = [name, paper or "-", slots, reads] + [text(v) for v in free] + [text(trained), str(seeds or "-")]
-        order.append((-(free[-1] or 0), "| " + " | ".join(line) + " |"))
-    for _, line in sorted(order):
+        slots, reads, paper, _ = methods[base]
+        compressed = [as_compressed(name, r) for r in ratios]
+        recovered = [rows.get((name, r, True), {}).get("average") for r in ratios]
+        line = [name, paper or "-", slots, reads, *["-" if v is None else f"{v:.1f}" for v in compressed], *map(share, recovered)]
+        table.append((-(compressed[-1] or 0), "| " + " | ".join(line) + " |"))
+    for _, line in sorted(table):
         print(line)
 
 

@@ -1,7 +1,7 @@
 // Stopping and going on: bit-exact, and refused when it is not the same run. Crashes, full disks and signals: trainer_faults_test.cpp.
 
-#include "loaders/json.h"
 #include "model/checkpoint.h"
+#include "loaders/json.h"
 
 #include <signal.h>
 
@@ -238,7 +238,7 @@ TEST(StepCheckpoint, BadStateIsNamed) {
   TrainingState state;
   state.step = 3;
   state.extra = Json::object();
-  const Json good = Json::parse(state_to_json(state));
+  const Json good = parse_json(state_to_json(state), "json");
   for (const auto& [key, value] : good.items()) {
     Json missing = good, wrong = good;
     missing.erase(key);
@@ -249,7 +249,7 @@ TEST(StepCheckpoint, BadStateIsNamed) {
   }
   for (const char* bad : {"-1", "1.5", "1e3", "18446744073709551615", "\"3\"", "[3]"}) {
     Json wrong = good;
-    wrong["step"] = Json::parse(bad);
+    wrong["step"] = parse_json(bad, "json");
     EXPECT_TRUE(fails_with(ErrorKind::kInput, {"s.json", "step"}, [&] { parse_state(wrong.dump(), "s.json"); })) << bad;
   }
   for (const char* bad : {"", "{", "[]", "null", "{\"format\":\"other\"}"}) {

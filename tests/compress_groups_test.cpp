@@ -7,7 +7,6 @@
 
 #include "compress/linear_algebra.h"
 #include "compress/merging.h"
-#include "loaders/json.h"
 #include "tests/support/compression.h"
 #include "tests/support/testing.h"
 #include "tests/support/tiny_experts.h"

@@ -188,7 +188,7 @@ TEST(McSmoe, StateComesBack) {
   EXPECT_EQ(silent_units(expert), f - record.plan.layers[0].shape.widths[0]);
   EXPECT_EQ(expert.down->value.data<float>()[5], 1);
   EXPECT_EQ(expert.down->value.data<float>()[f - 1], 0);
-  resumed.restore(Json::parse(pruner.state().dump()));
+  resumed.restore(parse_json(pruner.state().dump(), "json"));
   EXPECT_EQ(resumed.state(), pruner.state());
   EXPECT_TRUE(testing::fails_with(ErrorKind::kResume, {"no state"}, [&] { resumed.restore(Json(nullptr)); }));
 }

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <set>
 
 #include "compress/linear_algebra.h"
@@ -69,6 +70,55 @@ TEST(Merging, SubMoeGroupsByDirection) {
   const Plan plan = tiny.plan("sub-moe");
   EXPECT_EQ(members(plan.layers[0]), (std::vector<std::vector<int32_t>>{{0, 2}, {1, 3}}));
   EXPECT_EQ(plan.layers[0].bank[0].weights, (std::vector<double>{.25, .75}));
+}
+
+// Gate and up of expert e are s_e times the same rows, s = 1, -1, 1/2, -2, so that 2 joins 0 and 3 joins 1. One sampled token, x = (1, 0, 0, 0),
+// reaches the first group: with p the merged hidden activations and q the weighted outputs of its members, the ridge solution is
+// W = W_mean + (q - W_mean p) p^T / (lambda + |p|^2), lambda = 0.01 |p|^2 / 2 (Sherman and Morrison). The second group keeps its mean.
+TEST(Merging, MergeMoeByHand) {
+  constexpr double kScale[] = {1, -1, .5, -2};
+  const auto down = [](int64_t expert, int64_t row, int64_t column) {
+    return static_cast<double>(expert + row) - 3. * static_cast<double>(column);
+  };
+  TinyModel tiny(1, [&](int64_t, int64_t expert, ExpertMatrix matrix, int64_t row, int64_t column) {
+    if (matrix == ExpertMatrix::kDown) return static_cast<float>(down(expert, row, column));
+    const double unit = matrix == ExpertMatrix::kGate ? 1 + static_cast<double>(row) : 2 - static_cast<double>(row);
+    return column == 0 ? static_cast<float>(kScale[expert] * unit) : 0.f;
+  });
+  tiny.statistics.layers[0].count = {3, 2, 1, 0};
+  tiny.statistics.sample_token = {0}, tiny.statistics.sample_sequence = {0};
+  tiny.statistics.layers[0].sample_logits = {1, -9, .5, -9};
+  tiny.statistics.layers[0].sample_inputs = {1, 0, 0, 0};
+  const Plan plan = tiny.plan("mergemoe");
+  EXPECT_EQ(members(plan.layers[0]), (std::vector<std::vector<int32_t>>{{0, 2}, {1, 3}}));
+  EXPECT_EQ(plan.layers[0].bank[0].weights, (std::vector<double>{.75, .25}));
+
+  const auto hidden = [](double scale, double unit) {  // silu(gate) * up
+    const double gate = scale * (1 + unit);
+    return gate / (1 + std::exp(-gate)) * scale * (2 - unit);
+  };
+  const double merged = .75 * kScale[0] + .25 * kScale[2];
+  const std::vector<double> p = {hidden(merged, 0), hidden(merged, 1)};
+  const double norm = p[0] * p[0] + p[1] * p[1];
+  std::vector<double> expected;
+  for (int64_t row = 0; row < 4; ++row) {
+    double missing = 0, mean[2];
+    for (int64_t k = 0; k < 2; ++k) {
+      mean[k] = .75 * down(0, row, k) + .25 * down(2, row, k);
+      missing += .75 * down(0, row, k) * hidden(kScale[0], static_cast<double>(k)) +
+                 .25 * down(2, row, k) * hidden(kScale[2], static_cast<double>(k)) -
+                 mean[k] * p[static_cast<size_t>(k)];
+    }
+    for (size_t k = 0; k < 2; ++k) expected.push_back(mean[k] + missing * p[k] / (1.005 * norm));
+  }
+  const auto made = [&](int64_t entry, ExpertMatrix matrix) {
+    return plan.computed.at(bank_tensor_name(0, entry, matrix))();
+  };
+  EXPECT_TRUE(testing::close(made(0, ExpertMatrix::kGate), {merged, 0, 0, 0, 2 * merged, 0, 0, 0}, 1e-12));
+  EXPECT_TRUE(testing::close(made(0, ExpertMatrix::kDown), expected, 1e-12));
+  std::vector<double> second;
+  for (int64_t row = 0; row < 4; ++row) second.insert(second.end(), {down(1, row, 0), down(1, row, 1)});
+  EXPECT_TRUE(testing::close(made(1, ExpertMatrix::kDown), second, 1e-12));
 }
 
 // What compress/merge_sub_moe.cpp says: with all singular values the subspace merge is the weighted mean.

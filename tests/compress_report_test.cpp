@@ -85,13 +85,13 @@ TEST(Report, MarkdownHasARowForEveryMethodAndRatio) {
 }
 
 TEST(Report, JsonRoundTripsTheRuns) {
-  const Json json = Json::parse(to_json(small_report()).dump());
+  const Json json = parse_json(to_json(small_report()).dump(), "json");
   EXPECT_EQ(json["rows"].size(), 2u);
   EXPECT_NEAR(json["runs"][1]["train_loss"]["first_5_steps"].get<double>(), 1.5, 1e-12);  // three steps in all
   EXPECT_NEAR(json["runs"][1]["train_loss"]["last_eighth"].get<double>(), 1, 1e-12);
   EXPECT_NEAR(json["rows"][1]["tasks"]["math"]["mean"].get<double>(), .75, 1e-12);
   const RunResult original = run("math", "lightmoe", .5, 1, .8, 5000);
-  const RunResult again = result_from_json(Json::parse(to_json(original).dump()), "r");
+  const RunResult again = result_from_json(parse_json(to_json(original).dump(), "json"), "r");
   EXPECT_EQ(to_json(again).dump(), to_json(original).dump());
   EXPECT_THROW(result_from_json(Json{{"task", 3}}, "r"), Error);
 }

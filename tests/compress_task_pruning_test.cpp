@@ -6,6 +6,7 @@
 
 #include "compress/recover.h"
 #include "compress/weights.h"
+#include "loaders/json.h"
 #include "model/verify.h"
 #include "tests/support/compression.h"
 #include "tests/support/testing.h"
@@ -82,7 +83,7 @@ TEST(TaskPruning, StateComesBack) {
   show(pruner, {.3F, .3F, .2F, .15F, .05F});
   pruner.before_step(3);
   show(pruner, {.4F, .4F, .15F, .05F, 0});
-  resumed.restore(Json::parse(pruner.state().dump()));
+  resumed.restore(parse_json(pruner.state().dump(), "json"));
   EXPECT_EQ(removed(*other), (std::vector<int32_t>{4}));
   resumed.before_step(5);
   pruner.before_step(5);

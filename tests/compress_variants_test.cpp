@@ -12,6 +12,7 @@
 #include "compress/recover.h"
 #include "compress/residuals.h"
 #include "compress/unit_gradients.h"
+#include "loaders/json.h"
 #include "tests/support/compression.h"
 #include "tests/support/testing.h"
 #include "tests/support/tiny_experts.h"
@@ -295,7 +296,7 @@ TEST(Variants, AnAdaptiveClockSurvivesARestart) {
   hooks.before_step(4);
   Recovery second(directory, CompressionGround::golden().model, 10, options);
   const TrainerHooks again = second.hooks(DType::kF32);
-  again.load_extra(Json::parse(hooks.save_extra().dump()));
+  again.load_extra(parse_json(hooks.save_extra().dump(), "json"));
   again.before_step(4);
   const double beta = first.model().blocks[0].moe.beta;
   EXPECT_EQ(second.model().blocks[0].moe.beta, beta);

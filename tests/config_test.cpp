@@ -36,7 +36,7 @@ std::string with(const std::string& key, const char* value) {
   if (value == nullptr)
     root.erase(key);
   else
-    root[key] = Json::parse(value);
+    root[key] = parse_json(value, "json");
   return root.dump();
 }
 OlmoeConfig parsed(const std::string& key, const char* value) { return parse_config(with(key, value), "c.json"); }
@@ -88,8 +88,7 @@ TEST(Config, AbsurdValuesNameKeyValueAndRange) {
                           "num_experts", "num_experts_per_tok", "max_position_embeddings"}) {
     EXPECT_TRUE(refused(key, nullptr, {"missing", "integer from 1"}));
     EXPECT_TRUE(refused(key, "null", {"missing"}));
-    for (const char* value :
-         {"0", "-1", "1000000000", "18446744073709551615", "2.0", "\"64\"", "true", "[64]", "{}"}) {
+    for (const char* value : {"0", "-1", "1000000000", "18446744073709551615", "2.0", "\"64\"", "true", "[64]", "{}"}) {
       EXPECT_TRUE(refused(key, value, {printable(value), "integer from 1 to"})) << key << " " << value;
     }
   }
@@ -187,7 +186,7 @@ TEST(Config, WritingKeepsWhatItReadAndForeignKeys) {
   EXPECT_EQ(again.num_experts, 5);
   EXPECT_EQ(again.eos_token_ids, c.eos_token_ids);
   EXPECT_EQ(again.lightmoe_json, c.lightmoe_json);
-  EXPECT_EQ(parse_json(again.raw_json, "x")["foreign"], Json::parse(R"({"kept":[1,2]})"));
+  EXPECT_EQ(parse_json(again.raw_json, "x")["foreign"], parse_json(R"({"kept":[1,2]})", "json"));
   OlmoeConfig stock = again;
   stock.lightmoe_json.clear();
   EXPECT_FALSE(parse_json(config_to_json(stock), "x").contains("lightmoe"));

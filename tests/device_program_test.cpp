@@ -51,7 +51,7 @@ std::vector<double> losses_of(const std::string& log) {
   std::ifstream file(log);
   std::vector<double> losses;
   for (std::string line; std::getline(file, line);) {
-    const Json json = Json::parse(line);
+    const Json json = parse_json(line, "json");
     if (!json.contains("event")) losses.push_back(json.at("loss"));
   }
   return losses;
@@ -64,6 +64,20 @@ void expect_same_curve(const std::vector<double>& cpu, const std::vector<double>
   ASSERT_EQ(sim.size(), steps);
   EXPECT_NEAR(sim[0], cpu[0], 1e-5 * cpu[0]);
   for (size_t i = 1; i < steps; ++i) EXPECT_NEAR(sim[i], cpu[i], 2e-3 * cpu[i]) << "step " << i + 1;
+}
+
+// What two evaluations found, and how many choices they counted where they do.
+void expect_same_metrics(const std::string& cpu_file, const std::string& sim_file) {
+  const Json cpu = read_json_file(cpu_file), sim = read_json_file(sim_file);
+  const Json &expected = cpu.at("tasks")[0].at("metrics"), &actual = sim.at("tasks")[0].at("metrics");
+  for (const auto& [name, value] : expected.items()) {
+    if (!value.is_object() || !value.contains("value")) continue;
+    const double number = value.at("value");
+    EXPECT_NEAR(actual.at(name).at("value").get<double>(), number, 1e-4 * std::abs(number) + 1e-6) << name;
+  }
+  for (const char* counted : {"skip", "unit_blocks", "residency"}) {
+    EXPECT_EQ(cpu.at("config").value(counted, Json()), sim.at("config").value(counted, Json()));
+  }
 }
 
 TEST_F(DeviceProgram, DumpAgreesWithTheCpu) {
@@ -84,8 +98,8 @@ TEST_F(DeviceProgram, TrainingCurvesAgreeAndResume) {
   for (const char* device : {"cpu", "sim"}) train(device);
   const std::vector<double> curve = losses_of(path("sim.log.jsonl"));
   expect_same_curve(losses_of(path("cpu.log.jsonl")), curve, 4);
-  const Json cpu = Json::parse(testing::get_file(path("cpu") + "/training.json")),
-             sim = Json::parse(testing::get_file(path("sim") + "/training.json"));
+  const Json cpu = parse_json(testing::get_file(path("cpu") + "/training.json"), "json"),
+             sim = parse_json(testing::get_file(path("sim") + "/training.json"), "json");
   const double expected = cpu.at("result").at("eval_loss");
   EXPECT_NEAR(sim.at("result").at("eval_loss").get<double>(), expected, 2e-3 * expected);
 
@@ -137,14 +151,7 @@ TEST_F(DeviceProgram, ACompressedModelIsRecoveredAndUsed) {
   EXPECT_EQ(testing::get_file(path("cpu.half") + "/model.safetensors"),
             testing::get_file(path("sim.half") + "/model.safetensors"));
   expect_same_curve(losses_of(path("cpu.log.jsonl")), losses_of(path("sim.log.jsonl")), 4);
-  const Json cpu = Json::parse(testing::get_file(path("cpu.json"))),
-             sim = Json::parse(testing::get_file(path("sim.json")));
-  const Json &expected = cpu.at("tasks")[0].at("metrics"), &actual = sim.at("tasks")[0].at("metrics");
-  for (const auto& [name, value] : expected.items()) {
-    if (!value.is_object() || !value.contains("value")) continue;
-    const double number = value.at("value");
-    EXPECT_NEAR(actual.at(name).at("value").get<double>(), number, 1e-4 * std::abs(number) + 1e-6) << name;
-  }
+  expect_same_metrics(path("cpu.json"), path("sim.json"));
 }
 
 TEST_F(DeviceProgram, RefusesUnknownExecutions) {
@@ -173,6 +180,84 @@ TEST_F(DeviceProgram, GeneratesTheSameTokens) {
     }
     EXPECT_EQ(outputs[0], outputs[1]);
     EXPECT_FALSE(outputs[0].empty());
+  }
+}
+
+// Every kind of extension, its own parameters alone: curves, and what the trained model evaluates to.
+TEST_F(DeviceProgram, ExtensionsTrainAndRun) {
+  on("cpu", {"calibrate", kModel, "--tokens", kInput, "--num-tokens", "40", "--length", "13", "--sample-tokens", "40",
+             "--sample-inputs", "--all-outputs", "-o", path("stats")});
+  on("cpu", {"split-units", kModel, "--statistics", path("stats"), "--blocks", "4", "-o", path("split")});
+  for (const std::string kind : {"pesc:experts=4,rank=2", "smore", "mor1e:experts=6,clusters=3", "mode:width=8",
+                                 "compressed-experts", "dsmoe:blocks=4"}) {
+    SCOPED_TRACE(kind);
+    const std::string name = kind.substr(0, kind.find(':'));
+    std::vector<std::string> outputs;
+    for (const std::string device : {"cpu", "sim"}) {
+      std::vector<std::string> arguments = {"train",        kModel,
+                                            "--tokens",     kInput,
+                                            "--steps",      "2",
+                                            "--lr",         "1e-2",
+                                            "--batch-rows", "2",
+                                            "--length",     "13",
+                                            "--no-pack",    "--truncate",
+                                            "--extend",     kind,
+                                            "--train-only", "*.mlp." + name + ".*",
+                                            "-o",           path(name + device)};
+      if (name == "mor1e") arguments.insert(arguments.end(), {"--extend-clusters", path("stats")});
+      if (name == "dsmoe") arguments.insert(arguments.end(), {"--sparsity-coef", "0.1"});
+      on(device, arguments);
+      on(device, {"eval", path(name + "cpu"), "--tokens", kInput, "--out", path(name + device + ".json")});
+    }
+    expect_same_curve(losses_of(path(name + "cpu.log.jsonl")), losses_of(path(name + "sim.log.jsonl")), 2);
+    expect_same_metrics(path(name + "cpu.json"), path(name + "sim.json"));
+  }
+  for (const std::vector<std::string>& picks :
+       {std::vector<std::string>{"--unit-blocks", "2"}, {"--unit-blocks", "2", "--unit-oracle"}}) {
+    for (const std::string device : {"cpu", "sim"}) {
+      std::vector<std::string> arguments = {"eval",  path("split"),         "--tokens", kInput, "--force",
+                                            "--out", path(device + ".json")};
+      arguments.insert(arguments.end(), picks.begin(), picks.end());
+      on(device, arguments);
+    }
+    expect_same_metrics(path("cpu.json"), path("sim.json"));
+  }
+}
+
+// Losses towards a teacher and towards sure routers, and choices that are changed at run time.
+TEST_F(DeviceProgram, TeachersSurerRoutersAndChangedChoices) {
+  on("cpu", {"calibrate", kModel, "--tokens", kInput, "--num-tokens", "40", "--length", "13", "--sample-tokens", "40",
+             "--sample-inputs", "--all-outputs", "-o", path("stats")});
+  on("cpu", {"compress", kModel, "--stats", path("stats"), "--ratio", "0.5", "--rank", "2", "-o", path("half")});
+  const std::vector<std::pair<std::string, std::vector<std::string>>> ways = {
+      {"distill", {"--distill", "0.5", "--distill-temperature", "2", "--anneal", "1"}},
+      {"entropy", {"--entropy-coef", "0.1"}},
+      {"router-kd", {"--router-kd"}}};
+  for (const auto& [name, flags] : ways) {
+    SCOPED_TRACE(name);
+    for (const std::string device : {"cpu", "sim"}) {
+      std::vector<std::string> arguments = {
+          "recover",  path("half"), "--base",    kModel,       "--tokens",     kInput,
+          "--steps",  "2",          "--lr",      "1e-3",       "--batch-rows", "2",
+          "--length", "13",         "--no-pack", "--truncate", "-o",           path(name + device)};
+      arguments.insert(arguments.end(), flags.begin(), flags.end());
+      on(device, arguments);
+    }
+    expect_same_curve(losses_of(path(name + "cpu.log.jsonl")), losses_of(path(name + "sim.log.jsonl")), 2);
+  }
+  const std::vector<std::vector<std::string>> choices = {
+      {"--skip-experts", path("stats")},
+      {"--skip-experts", path("stats"), "--skip-by-likeness"},
+      {"--resident", "20", "--buddies", path("stats"), "--buddy-max-share", "0.6"}};
+  for (const std::vector<std::string>& flags : choices) {
+    SCOPED_TRACE(flags[0]);
+    for (const std::string device : {"cpu", "sim"}) {
+      std::vector<std::string> arguments = {
+          "eval", kModel, "--tokens", kInput, "--force", "--out", path(device + ".json")};
+      arguments.insert(arguments.end(), flags.begin(), flags.end());
+      on(device, arguments);
+    }
+    expect_same_metrics(path("cpu.json"), path("sim.json"));
   }
 }
 

@@ -6,7 +6,6 @@
 
 #include <cstring>
 
-#include "loaders/json.h"
 #include "loaders/output.h"
 #include "loaders/safetensors.h"
 #include "tests/support/files.h"

@@ -5,7 +5,6 @@
 #include <filesystem>
 
 #include "kernels/adamw.h"
-#include "loaders/json.h"
 #include "loaders/safetensors.h"
 #include "model/olmoe.h"
 #include "model/weights.h"

@@ -1,7 +1,6 @@
 // A whole model: gradients in double, saving and loading stock and compressed checkpoints, what is refused, batches.
 
 #include "model/olmoe.h"
-#include "loaders/json.h"
 
 #include "autograd/ops.h"
 #include "kernels/elementwise.h"

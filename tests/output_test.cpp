@@ -1,4 +1,3 @@
-#include "loaders/json.h"
 #include "loaders/output.h"
 
 #include <sys/mount.h>

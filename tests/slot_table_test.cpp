@@ -45,7 +45,7 @@ TEST(SlotTable, SurvivesTheRoundTrip) {
     layers[0].slots[1].kind = kind;
     const Json written = slot_tables_to_json(layers, {{"name", "lightmoe"}});
     const std::vector<LayerShape> read =
-        slot_tables_from_json(Json::parse(written.dump()), small_config(), "config.json");
+        slot_tables_from_json(parse_json(written.dump(), "json"), small_config(), "config.json");
     ASSERT_EQ(read.size(), 2u);
     expect_equal(read[0], layers[0]);
     expect_equal(read[1], layers[1]);
@@ -58,7 +58,7 @@ TEST(SlotTable, WidthsSurviveAndAreCounted) {
   layers[1].widths = {3, 1, 8};
   const Json written = slot_tables_to_json(layers, nullptr);
   EXPECT_FALSE(written["layers"][0].contains("widths"));
-  const std::vector<LayerShape> read = slot_tables_from_json(Json::parse(written.dump()), small_config(), "c");
+  const std::vector<LayerShape> read = slot_tables_from_json(parse_json(written.dump(), "json"), small_config(), "c");
   expect_equal(read[0], layers[0]);
   expect_equal(read[1], layers[1]);
   EXPECT_EQ(read[0].width_of(2, 8), 8);
@@ -121,7 +121,7 @@ TEST(SlotTable, EveryKindSurvivesTheRoundTrip) {
   config.hidden_size = 8;
   const std::vector<LayerShape> layers = every_kind();
   const std::vector<LayerShape> read =
-      slot_tables_from_json(Json::parse(slot_tables_to_json(layers, nullptr).dump()), config, "config.json");
+      slot_tables_from_json(parse_json(slot_tables_to_json(layers, nullptr).dump(), "json"), config, "config.json");
   for (size_t l = 0; l < 2; ++l) {
     expect_equal(read[l], layers[l]);
     EXPECT_EQ(read[l].constants, layers[l].constants);
@@ -147,7 +147,7 @@ TEST(SlotTable, MixedLatentsAndWideAdaptersSurviveTheRoundTrip) {
   layers[0].widths = {2}, layers[0].wide_adapters = true;
   layers[1].borrowed.clear();
   const Json good = slot_tables_to_json(layers, nullptr);
-  const std::vector<LayerShape> read = slot_tables_from_json(Json::parse(good.dump()), config, "config.json");
+  const std::vector<LayerShape> read = slot_tables_from_json(parse_json(good.dump(), "json"), config, "config.json");
   EXPECT_TRUE(read[1].latent_mix && read[1].latent_down && read[0].wide_adapters);
   EXPECT_EQ(read[1].projection_rank, 3);
   EXPECT_EQ(read[1].latent_projection, layers[1].latent_projection);

@@ -1,7 +1,7 @@
 // The loop itself: normalisation, skipped updates, evaluation, hooks, the log. Checkpoints and signals: checkpoint_test.cpp.
 
-#include "loaders/json.h"
 #include "model/trainer.h"
+#include "loaders/json.h"
 
 #include <cmath>
 
@@ -38,7 +38,7 @@ std::vector<Json> log_lines(const std::filesystem::path& file) {
   const std::string text = testing::get_file(file);
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = text.find('\n', begin);
-    lines.push_back(Json::parse(text.substr(begin, end - begin)));
+    lines.push_back(parse_json(text.substr(begin, end - begin), "json"));
     begin = end + 1;
   }
   return lines;

@@ -63,7 +63,7 @@ std::string steps_of_log(const fs::path& file) {
   const std::string text = get_file(file);
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = text.find('\n', begin);
-    Json line = Json::parse(text.substr(begin, end - begin));
+    Json line = parse_json(text.substr(begin, end - begin), "json");
     begin = end + 1;
     if (line.contains("event")) continue;
     for (const char* key : {"seconds", "live_bytes", "peak_bytes"}) line.erase(key);
