@@ -1,6 +1,10 @@
 #include "compress/compressor.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <string>
+#include <vector>
 
 #include "cli/compression_flags.h"
 #include "cli/verb.h"
@@ -17,14 +21,22 @@ struct Options {
   bool dry_run = false, list = false;
 };
 
-// One line per method.
+// One line per method, columns as wide as their widest cell and two spaces apart.
 void list_methods() {
-  fmt::print("{:<17}{:<18}{:<12}{:<30}{:<12}{}\n", "method", "slots", "training", "reads beside the weights", "arXiv",
-             "what it does");
+  std::vector<std::array<std::string, 6>> lines = {
+      {"method", "slots", "training", "reads beside the weights", "arXiv", "what it does"}};
   for (const Method& m : methods()) {
     const char* training = m.train_free ? "train-free" : m.trainable == Trainable::kNothing ? "none" : "trained";
-    fmt::print("{:<17}{:<18}{:<12}{:<30}{:<12}{}\n", m.name, m.slots.empty() ? "-" : m.slots, training,
-               name_of(m.needs), m.paper.empty() ? "-" : m.paper, m.summary);
+    lines.push_back({m.name, m.slots.empty() ? "-" : m.slots, training, name_of(m.needs),
+                     m.paper.empty() ? "-" : m.paper, m.summary});
+  }
+  std::array<size_t, 5> widths{};
+  for (const auto& line : lines) {
+    for (size_t i = 0; i < widths.size(); ++i) widths[i] = std::max(widths[i], line[i].size() + 2);
+  }
+  for (const auto& line : lines) {
+    for (size_t i = 0; i < widths.size(); ++i) fmt::print("{:<{}}", line[i], widths[i]);
+    fmt::print("{}\n", line.back());
   }
 }
 

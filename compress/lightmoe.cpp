@@ -21,7 +21,8 @@ const RegisterMethod annealed{{.name = "lightmoe",
                                .trainable = Trainable::kBasesAndAdapters,
                                .needs = Needs::kSums,
                                .anneal = 0.2,
-                               .compresses = true}};
+                               .compresses = true,
+                               .featured = true}};
 const RegisterMethod direct{{.name = "lightmoe-direct",
                              .summary = "LightMoE, replaced at once (eps = 0)",
                              .paper = "2603.12645",

@@ -107,6 +107,7 @@ struct Method {
   bool compresses = false;  // takes a budget
   bool redirects = false;   // takes --redirect: it removes slots
   bool merges = false;      // takes --refit: it averages experts
+  bool featured = false;    // what reports show in most detail; one method is
 };
 
 // Error(kUsage) when an option asks for what the method does not do: --redirect, --refit.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <map>
 
+#include "compress/registry.h"
 #include "compress/runner.h"
 #include "compress/selection.h"
 #include "compress/text.h"
@@ -94,17 +95,27 @@ ReportRow row_of(const Report& report, const RowKey& key) {
   return row;
 }
 
-// What the replaced slots become, in the words that colour the charts.
-std::string family_of(const Method& method) {
+// What the replaced slots become, in the words that colour the charts. The featured method's paper is a family of its own.
+std::string family_of(const Method& method, const Method& featured) {
   const auto has = [&](const char* kind) { return method.slots.find(kind) != std::string::npos; };
-  if (!method.compresses) return "whole model";
-  if (has("shared") && method.paper == "2603.12645") return "LightMoE";
+  if (!method.compresses) return kWholeModel;
+  if (has("shared") && method.paper == featured.paper) return "expert replacing";
   if (has("adapter")) return "base + low rank";
   if (has("latent")) return "shared factors";
   if (has("constant")) return "constants";
   if (has("shared")) return "shared experts";
   if (has("removed")) return "removed experts";
   return method.slots.empty() ? "other" : method.slots;
+}
+
+// A recipe's method for each part of its own: the first that fits.
+void name_parts(Report& report, const std::string& name, const Method& method) {
+  const auto take = [&](std::string& part, bool fits) {
+    if (fits && part.empty()) part = name;
+  };
+  take(report.featured, method.featured);
+  take(report.original, !method.compresses && method.trainable == Trainable::kNothing);
+  take(report.whole_with_adapters, !method.compresses && method.trainable == Trainable::kAdapters);
 }
 
 double mean_loss(const std::vector<TrainedStep>& curve, size_t begin, size_t end) {
@@ -171,11 +182,13 @@ Report make_report(const Recipe& recipe, std::vector<RunResult> results) {
   for (const RecipeTask& task : recipe.tasks) report.tasks.push_back(task_of(recipe, task, results));
   report.missing = static_cast<int64_t>(list_runs(recipe).size() - results.size());
   report.runs = std::move(results);
+  const auto featured = std::find_if(methods().begin(), methods().end(), [](const Method& m) { return m.featured; });
   std::vector<RowKey> keys;
   for (const RecipeMethod& method : recipe.methods) {
     if (report.method_order.empty() || report.method_order.back() != method.name) {  // its rows follow each other
       report.method_order.push_back(method.name);
-      report.families[method.name] = family_of(find_method(method.method));
+      report.families[method.name] = family_of(find_method(method.method), *featured);
+      name_parts(report, method.name, find_method(method.method));
       if (!method.note.empty()) report.notes.push_back(method.name + ": " + method.note);
     }
     for (const double ratio : method.ratios.empty() ? std::vector<double>{0} : method.ratios)

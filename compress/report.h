@@ -59,8 +59,13 @@ struct Report {
   int64_t missing = 0;  // runs of the recipe that have no result
   std::vector<std::string> method_order;
   std::map<std::string, std::string> families;  // of each method: what its slots become
-  std::vector<std::string> notes;               // "method: what the recipe says about it"
+  // Methods with a part of their own in tables and pictures, "" where the recipe has none such: the model as it is, adapters on the whole
+  // model, and the featured one (Method::featured).
+  std::string original, whole_with_adapters, featured;
+  std::vector<std::string> notes;  // "method: what the recipe says about it"
 };
+
+inline constexpr const char* kWholeModel = "whole model";  // the family of what takes no budget
 
 // One row per key, averaged over report.runs.
 std::vector<ReportRow> report_rows(const Report& report, const std::vector<RowKey>& keys);

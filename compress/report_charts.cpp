@@ -21,23 +21,28 @@ struct Look {
   SvgMarker marker;
 };
 
-// Colours of Okabe and Ito's palette, told apart by people who are colour-blind; known methods keep theirs in every report.
+std::string method_of(const std::string& label) {
+  return label.substr(0, label.find(", "));
+}  // "reap, no training": reap
+
+// Colours of Okabe and Ito's palette, told apart by people who are colour-blind. The report's own parts keep theirs in every report, the others
+// take what is left in the recipe's order.
 Look look_of(const Report& report, const std::string& label) {
-  const size_t comma = label.find(", ");  // "reap, no training" has reap's colour and a marker of its own
-  if (comma != std::string::npos) return {look_of(report, label.substr(0, comma)).color, SvgMarker::kCross};
-  const std::string& method = label;
-  static const std::map<std::string, Look> known = {
-      {"lightmoe", {"var(--m1)", SvgMarker::kCircle}},      {"lora", {"var(--m3)", SvgMarker::kSquare}},
-      {"full", {"var(--m7)", SvgMarker::kDiamond}},         {"original", {"var(--m0)", SvgMarker::kPlus}},
-      {"replace-one", {"var(--m5)", SvgMarker::kTriangle}}, {"replace-none", {"var(--m2)", SvgMarker::kTriangleDown}},
-      {"lightmoe-direct", {"var(--m4)", SvgMarker::kRing}}, {"lightmoe-svd", {"var(--m6)", SvgMarker::kDiamond}}};
-  if (const auto found = known.find(method); found != known.end()) return found->second;
-  static constexpr const char* colors[] = {"var(--m6)", "var(--m8)", "var(--m2)", "var(--m4)"};
-  static constexpr SvgMarker markers[] = {SvgMarker::kCross, SvgMarker::kSquare, SvgMarker::kTriangle,
+  const std::string method = method_of(label);
+  if (method != label) return {look_of(report, method).color, SvgMarker::kCross};  // its colour, a marker of its own
+  if (method == report.featured) return {"var(--m1)", SvgMarker::kCircle};
+  if (method == report.original) return {"var(--m0)", SvgMarker::kPlus};
+  if (method == report.whole_with_adapters) return {"var(--m3)", SvgMarker::kSquare};
+  static constexpr const char* colors[] = {"var(--m7)", "var(--m5)", "var(--m2)",
+                                           "var(--m4)", "var(--m6)", "var(--m8)"};
+  static constexpr SvgMarker markers[] = {SvgMarker::kDiamond, SvgMarker::kTriangle, SvgMarker::kTriangleDown,
                                           SvgMarker::kRing};
-  const auto at = std::find(report.method_order.begin(), report.method_order.end(), method);
-  const auto index = static_cast<size_t>(at - report.method_order.begin()) % 4;
-  return {colors[index], markers[index]};
+  size_t index = 0;
+  for (const std::string& other : report.method_order) {
+    if (other == method) break;
+    if (other != report.featured && other != report.original && other != report.whole_with_adapters) ++index;
+  }
+  return {colors[index % std::size(colors)], markers[index % std::size(markers)]};
 }
 
 struct ByteUnit {
@@ -87,12 +92,12 @@ std::map<std::string, std::vector<Point>> quality_points(const Report& report, c
 }
 
 // Of the values shown; the untrained original is left out when it would flatten everything else.
-bool drop_original(std::map<std::string, std::vector<Point>>& points) {
-  const auto original = points.find("original");
+bool drop_original(const Report& report, std::map<std::string, std::vector<Point>>& points) {
+  const auto original = points.find(report.original);
   if (original == points.end() || points.size() < 3) return false;
   double low = 1e300, high = -1e300;
   for (const auto& [method, list] : points) {
-    if (method == "original") continue;
+    if (method == report.original) continue;
     for (const Point& p : list) low = std::min(low, p.y), high = std::max(high, p.y);
   }
   const double y = original->second.front().y;
@@ -130,7 +135,7 @@ std::string quality_chart(const Report& report, const ReportTask* task, double w
   const double scale = task == nullptr || task->share ? 100 : 1;
   const ByteUnit unit = unit_for(report.original_bytes);
   auto points = quality_points(report, task, scale, unit.bytes);
-  const bool dropped = drop_original(points);
+  const bool dropped = drop_original(report, points);
   double x_low = report.original_bytes / unit.bytes, x_high = x_low, y_low = 1e300, y_high = -1e300;
   for (const auto& [method, list] : points) {
     for (const Point& p : list) {
@@ -166,11 +171,11 @@ std::string quality_chart(const Report& report, const ReportTask* task, double w
     const Look look = look_of(report, method);
     std::vector<std::pair<double, double>> line;
     for (const Point& p : found->second) line.emplace_back(f.x(p.x), f.y(p.y));
-    const bool main = method.rfind("lightmoe", 0) == 0;
+    const bool main = method_of(method) == report.featured;
     if (line.size() > 1)
       svg.polyline(line, fmt::format("stroke=\"{}\" stroke-width=\"{}\" stroke-linejoin=\"round\"", look.color,
                                      main ? 2.6 : 1.6));
-    if (line.size() == 1 && method != "original") {  // a reference of full size: its level, for the eye
+    if (line.size() == 1 && method != report.original) {  // a reference of full size: its level, for the eye
       svg.line(f.left, line[0].second, line[0].first, line[0].second,
                fmt::format("stroke=\"{}\" stroke-dasharray=\"2 4\" opacity=\".55\"", look.color));
     }
@@ -185,7 +190,8 @@ std::string quality_chart(const Report& report, const ReportTask* task, double w
   if (dropped) {
     const auto all = quality_points(report, task, scale, unit.bytes);
     svg.text(width - f.right, height - f.bottom - 8,
-             fmt::format("original, untrained: {:.1f}", all.at("original").front().y), "end", "class=\"note\"");
+             fmt::format("{}, untrained: {:.1f}", report.original, all.at(report.original).front().y), "end",
+             "class=\"note\"");
   }
   return svg.str();
 }
@@ -360,7 +366,7 @@ std::string training_chart(const Report& report, const ReportTask& task, double 
   for (const Curve& curve : curves) {
     std::vector<std::pair<double, double>> points;
     for (const auto& [s, loss] : curve.loss) points.emplace_back(f.x(s), f.y(std::max(loss, low)));
-    const bool main = curve.method == "lightmoe";
+    const bool main = curve.method == report.featured;
     svg.polyline(points, fmt::format("stroke=\"{}\" stroke-width=\"{}\" stroke-linejoin=\"round\" opacity=\"{}\"",
                                      method_color(report, curve.method), main ? 2.6 : 1.6, main ? 1 : .85));
   }

@@ -84,12 +84,12 @@ double largest_ratio(const Report& report) {
   return ratio;
 }
 
-// The method whose selection the heat maps show: lightmoe, or the first that takes a budget.
+// The method whose selection the heat maps show: the featured one, or the first that takes a budget.
 std::string shown_method(const Report& report) {
   std::string first;
   for (const ReportRow& row : report.rows) {
     if (row.ratio == 0) continue;
-    if (row.method == "lightmoe") return row.method;
+    if (row.method == report.featured) return row.method;
     if (first.empty()) first = row.method;
   }
   return first;
@@ -102,8 +102,8 @@ std::string tile(const std::string& value, const std::string& text) {
 std::string tiles(const Report& report) {
   const double ratio = largest_ratio(report);
   const std::string method = shown_method(report);
-  const ReportRow *row = find_row(report, method, ratio), *lora = find_row(report, "lora", 0),
-                  *original = find_row(report, "original", 0);
+  const ReportRow *row = find_row(report, method, ratio), *adapters = find_row(report, report.whole_with_adapters, 0),
+                  *original = find_row(report, report.original, 0);
   if (row == nullptr) return "";
   std::string html = "<div class=\"tiles\">\n";
   const double saved = 1 - row->file_bytes / report.original_bytes;
@@ -114,9 +114,9 @@ std::string tiles(const Report& report) {
   if (row->average)
     html += tile(fmt::format("{:.1f} %", 100 * row->average->mean),
                  fmt::format("average score of {} at {} removed", method, ratio_text(ratio)));
-  if (lora != nullptr && lora->average)
-    html += tile(fmt::format("{:.1f} %", 100 * lora->average->mean),
-                 "average score of LoRA on the whole model, as many trainable parameters");
+  if (adapters != nullptr && adapters->average)
+    html += tile(fmt::format("{:.1f} %", 100 * adapters->average->mean),
+                 fmt::format("average score of {} on the whole model, as many trainable parameters", adapters->method));
   if (original != nullptr && original->average)
     html += tile(fmt::format("{:.1f} %", 100 * original->average->mean),
                  "average score of the model as it is, not trained on the tasks");

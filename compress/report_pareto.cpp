@@ -211,12 +211,14 @@ std::string family_color(const Report& report, const std::string& method) {
   static constexpr const char* colors[] = {"var(--m2)", "var(--m3)", "var(--m6)", "var(--m4)",
                                            "var(--m7)", "var(--m5)", "var(--m8)"};
   const auto found = report.families.find(method);
-  if (found == report.families.end() || found->second == "whole model") return "var(--m0)";
-  if (found->second == "LightMoE") return "var(--m1)";
+  const auto featured = report.families.find(report.featured);
+  const std::string first = featured == report.families.end() ? "" : featured->second;
+  if (found == report.families.end() || found->second == kWholeModel) return "var(--m0)";
+  if (found->second == first) return "var(--m1)";
   size_t index = 0;
   for (const std::string& family : families_of(report)) {
     if (family == found->second) break;
-    if (family != "whole model" && family != "LightMoE") ++index;
+    if (family != kWholeModel && family != first) ++index;
   }
   return colors[index % std::size(colors)];
 }

@@ -5,25 +5,17 @@
 #include <vector>
 
 #include "kernels/cpu_math.h"
+#include "kernels/labels.h"
 #include "runtime/parallel.h"
 
 namespace lightmoe {
 namespace {
 
-constexpr int32_t kIgnored = -100;
 constexpr int64_t kDefaultChunkBytes = 64 << 20;
 constexpr int64_t kSumBlock = 256;  // f32 within a block, f64 across: 50,304 terms lose no digits
 constexpr int64_t kCopyGrain = 64;  // rows a thread copies at least
 
 DType accumulator_of(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
-
-Tensor labelled_rows(const Tensor& labels) {
-  std::vector<int32_t> rows;
-  for (int64_t t = 0; t < labels.numel(); ++t) {
-    if (labels.data<int32_t>()[t] != kIgnored) rows.push_back(static_cast<int32_t>(t));
-  }
-  return Tensor::from(rows, {static_cast<int64_t>(rows.size())});
-}
 
 // Calls f(rows, logits) for one chunk of labelled rows after the other; f may overwrite the logits.
 template <class Op, class F>
@@ -197,12 +189,7 @@ void check_inputs(const Op& op, const char* name) {
           name_of(op.x.dtype()), name_of(op.w.dtype()));
   require_tensor(op.labels, name, "labels", {op.x.dim(0)}, DType::kI32);
   require(op.chunk_rows >= 0, "{}: chunk_rows {}", name, op.chunk_rows);
-  if (op.labels.device() != DeviceKind::kCpu) return;  // the kernels look
-  const int32_t* labels = op.labels.template data<int32_t>();
-  for (int64_t t = 0; t < op.labels.numel(); ++t) {
-    require(labels[t] == kIgnored || (labels[t] >= 0 && labels[t] < op.w.dim(0)),
-            "{}: label {} at row {}, expected -100 or one of {} tokens", name, labels[t], t, op.w.dim(0));
-  }
+  check_labels(op.labels, op.w.dim(0), name);
 }
 
 }  // namespace

@@ -4,11 +4,11 @@
 
 #include "kernels/device/reduce.h"
 #include "kernels/device/rows.h"
+#include "kernels/labels.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
 namespace {
 
-constexpr int kIgnored = -100;
 constexpr int kThreads = kMaxRowThreads;
 constexpr int kV = kVector<float>;
 constexpr int64_t kDefaultChunkBytes = 256 << 20;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const float* lo
   auto& shared = shared_memory<RowShared>();
   const float* row = logits + static_cast<int64_t>(blockIdx.x) * n;
   G* out = gradient + static_cast<int64_t>(blockIdx.x) * n;
-  const bool ignored = labels[blockIdx.x] == kIgnored;
+  const bool ignored = labels[blockIdx.x] == kIgnoredLabel;
   const int label = ignored ? -1 : checked(labels[blockIdx.x], n);
   float top = 0, factor = 0;
   if (!ignored) {
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
   const int t = static_cast<int>(blockIdx.x);
   double log_prob = 0, lse = 0;
   uint64_t best = 0xffffffffu;  // token 0
-  if (labels[t] != kIgnored) {
+  if (labels[t] != kIgnoredLabel) {
     const RowSum all = sum_of_exponentials(row, n, aligned, shared);
     lse = static_cast<double>(all.largest) + log(all.sum);
     log_prob = static_cast<double>(row[checked(labels[t], n)]) - lse;

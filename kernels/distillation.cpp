@@ -5,12 +5,12 @@
 #include <vector>
 
 #include "kernels/indexing.h"
+#include "kernels/labels.h"
 #include "runtime/parallel.h"
 
 namespace lightmoe {
 namespace {
 
-constexpr int32_t kIgnored = -100;
 constexpr int64_t kDefaultChunkBytes = 32 << 20;  // of logits, twice
 
 DType logit_type(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
@@ -79,12 +79,8 @@ void head(const Tensor& x, const Tensor& w, const Tensor& rows, const Tensor& lo
 void distillation_cpu(const LmHeadDistillation& op) {
   const MemoryScope scratch(MemoryCategory::kScratch);
   if (op.dx.defined()) op.dx.fill_zero();
-  std::vector<int32_t> labelled;
-  for (int64_t t = 0; t < op.labels.numel(); ++t) {
-    if (op.labels.data<int32_t>()[t] != kIgnored) labelled.push_back(static_cast<int32_t>(t));
-  }
-  const auto count = static_cast<int64_t>(labelled.size());
-  const Tensor rows = Tensor::from(labelled, {count});
+  const Tensor rows = labelled_rows(op.labels);
+  const int64_t count = rows.dim(0);
   const DType dtype = logit_type(op.x.dtype());
   const int64_t n = op.w.dim(0), fits = kDefaultChunkBytes / (n * static_cast<int64_t>(size_of(dtype)));
   const int64_t chunk = std::min(op.chunk_rows > 0 ? op.chunk_rows : std::max<int64_t>(1, fits), count);
@@ -129,11 +125,7 @@ void run(const LmHeadDistillation& op) {
   if (op.dx.defined()) require_tensor(op.dx, kName, "dx", op.x.shape(), op.x.dtype());
   require(op.temperature > 0 && op.chunk_rows >= 0, "{}: temperature {}, chunk_rows {}", kName, op.temperature,
           op.chunk_rows);
-  for (int64_t t = 0; op.labels.device() == DeviceKind::kCpu && t < op.labels.numel(); ++t) {
-    const int32_t label = op.labels.data<int32_t>()[t];
-    require(label == kIgnored || (label >= 0 && label < op.w.dim(0)),
-            "{}: label {} at row {}, expected -100 or one of {} tokens", kName, label, t, op.w.dim(0));
-  }
+  check_labels(op.labels, op.w.dim(0), kName);
   dispatch(op, op.x.device(), kName);
 }
 

@@ -4,11 +4,11 @@
 
 #include "kernels/device/reduce.h"
 #include "kernels/device/rows.h"
+#include "kernels/labels.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
 namespace {
 
-constexpr int kIgnored = -100;
 constexpr int kThreads = kMaxRowThreads;
 constexpr int kV = kVector<float>;
 constexpr int64_t kDefaultChunkBytes = 128 << 20;  // of logits, twice
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   const float* t = teacher + static_cast<int64_t>(blockIdx.x) * n;
   double* out = losses + 2 * static_cast<int64_t>(blockIdx.x);
   const int label = labels[blockIdx.x];
-  if (label == kIgnored) {
+  if (label == kIgnoredLabel) {
     if (threadIdx.x == 0) out[0] = out[1] = 0;
     for (int i = first_column<kV>(); gradient && i < n; i += column_step<kV>())
       store_floats(z, i, n, aligned, Floats<kV>{});

@@ -3,13 +3,12 @@
 #include <algorithm>
 
 #include "autograd/ops.h"
+#include "kernels/labels.h"
 #include "loaders/safetensors.h"
 #include "model/weights.h"
 
 namespace lightmoe {
 namespace {
-
-constexpr int32_t kIgnored = -100;
 
 std::vector<int32_t> read_integers(const SafetensorsFile& file, const std::string& name,
                                    const std::vector<int64_t>& shape) {
@@ -24,7 +23,7 @@ std::vector<int32_t> read_integers(const SafetensorsFile& file, const std::strin
 
 void check_ids(const std::string& where, const std::vector<int32_t>& ids, int64_t vocabulary, bool may_be_ignored) {
   for (size_t i = 0; i < ids.size(); ++i) {
-    check((ids[i] >= 0 && ids[i] < vocabulary) || (may_be_ignored && ids[i] == kIgnored), ErrorKind::kInput,
+    check((ids[i] >= 0 && ids[i] < vocabulary) || (may_be_ignored && ids[i] == kIgnoredLabel), ErrorKind::kInput,
           "{}: entry {} is {}, expected 0 to {}{} (config.json: vocab_size)", where, i, ids[i], vocabulary - 1,
           may_be_ignored ? " or -100" : "");
   }
@@ -92,7 +91,8 @@ std::vector<std::pair<std::string, Tensor>> dump_model(Olmoe& model, const DumpI
 
   const Tensor host_labels = batch.labels.on(DeviceKind::kCpu);
   const int32_t* labels = host_labels.data<int32_t>();
-  const int64_t count = std::count_if(labels, labels + batch.tokens(), [](int32_t label) { return label != kIgnored; });
+  const int64_t count =
+      std::count_if(labels, labels + batch.tokens(), [](int32_t label) { return label != kIgnoredLabel; });
   check(count > 0, ErrorKind::kInput,
         "labels: every position is ignored (-100), or none is left after the shift by one");
   const double scale = 1.0 / static_cast<double>(count);

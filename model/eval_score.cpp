@@ -7,6 +7,7 @@
 
 #include "kernels/combine.h"
 #include "kernels/cross_entropy.h"
+#include "kernels/labels.h"
 #include "model/sampling.h"
 #include "runtime/parallel.h"
 
@@ -167,7 +168,7 @@ ScoredSequence sequence_of(const Document& document) {
   ScoredSequence sequence;
   for (size_t t = 0; t + 1 < document.ids.size(); ++t) {
     sequence.ids.push_back(document.ids[t]);
-    sequence.labels.push_back(document.loss[t + 1] != 0 ? document.ids[t + 1] : -100);
+    sequence.labels.push_back(document.loss[t + 1] != 0 ? document.ids[t + 1] : kIgnoredLabel);
   }
   return sequence;
 }
@@ -191,7 +192,8 @@ std::vector<ScoredSequence> rolling_windows(const std::vector<int32_t>& ids, int
   for (int64_t scored = 0; scored < labels;) {
     const int64_t end = std::min(labels, scored + context), begin = std::max<int64_t>(0, end - context);
     ScoredSequence window{.ids = {all.begin() + begin, all.begin() + end}, .labels = {}};
-    for (int64_t i = begin; i < end; ++i) window.labels.push_back(i >= scored ? all[static_cast<size_t>(i) + 1] : -100);
+    for (int64_t i = begin; i < end; ++i)
+      window.labels.push_back(i >= scored ? all[static_cast<size_t>(i) + 1] : kIgnoredLabel);
     windows.push_back(std::move(window));
     scored = end;
   }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/labels.h"
+
 namespace lightmoe {
 namespace {
 
@@ -84,7 +86,7 @@ ScoredSequence continuation_sequence(const Question& question, const Tokenizer& 
   check(given > 0, ErrorKind::kInput, "{}: nothing stands before the answer, and the model has no BOS or EOS id", what);
   check(ids.size() > given, ErrorKind::kInput, "{}: the answer '{}' has no token of its own", what, question.answer);
   ScoredSequence sequence{.ids = {ids.begin(), ids.end() - 1}, .labels = {ids.begin() + 1, ids.end()}};
-  std::fill(sequence.labels.begin(), sequence.labels.begin() + static_cast<int64_t>(given) - 1, -100);
+  std::fill(sequence.labels.begin(), sequence.labels.begin() + static_cast<int64_t>(given) - 1, kIgnoredLabel);
   return sequence;
 }
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command: every op and model test on the GPU, small ones under compute-sanitizer, training curves of
-# CPU and GPU side by side, the demo, the benchmarks. Into $OUT (build/gpu-check when unset) go summary.txt, device.csv, ops.json,
-# gemm.json, layer.json, model.json, demo.md and logs.tar.gz (logs and JSON of the tests). Runs the programs of `make gpu-build`
+# CPU and GPU side by side, the demo, the benchmarks, and PyTorch's figures where it is. Into $OUT (build/gpu-check when unset) go
+# summary.txt, device.csv, ops.json, gemm.json, layer.json, model.json, peers.jsonl, demo.md and logs.tar.gz (logs and JSON of the tests). Runs the programs of `make gpu-build`
 # (build/gpu, or build/gpu.tar.xz unpacked); cuBLAS is the machine's own. Each part has a time limit, and the limits add up to
 # GPU_CHECK_SECONDS (570), so that a hang does not cost the rest; every part runs even when one before it failed. The exit status says
 # whether all passed.
-# GPU_CHECK_FULL=1 adds the benchmarks at OLMoE's own size, 30 minutes at most.
+# GPU_CHECK_FULL=1 adds the benchmarks at OLMoE's own size, 40 minutes at most.
 # GPU_CHECK_DEVICE=sim runs the same parts on the simulator, to try this script where there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -56,15 +56,15 @@ export LD_LIBRARY_PATH=$PWD/$pack/lib${cublas:+:$(dirname "$cublas")}${LD_LIBRAR
 on_gpu=(env "LIGHTMOE_TEST_DEVICES=$device")
 # The fastest answer to "does anything run": one op, one product, one whole model, each kernel waited for.
 part first-kernels 30 "${on_gpu[@]}" LIGHTMOE_SYNC=1 $pack/device-tests --gtest_brief=1 --gtest_filter='Add*:Elementwise*:RmsNorm*'
-part ops 110 "${on_gpu[@]}" $pack/device-tests --gtest_brief=1 --gtest_output="json:$logs/ops-tests.json"
-part models 60 "${on_gpu[@]}" $pack/model-device-tests --gtest_brief=1 --gtest_output="json:$logs/models-tests.json"
+part ops 100 "${on_gpu[@]}" $pack/device-tests --gtest_brief=1 --gtest_output="json:$logs/ops-tests.json"
+part models 50 "${on_gpu[@]}" $pack/model-device-tests --gtest_brief=1 --gtest_output="json:$logs/models-tests.json"
 
 sanitizer=$(command -v compute-sanitizer || find -L /usr/local/cuda* /opt -name compute-sanitizer -type f 2>/dev/null | head -n 1)
 for tool in memcheck racecheck initcheck synccheck; do
   if [ -z "$sanitizer" ]; then
     skip "sanitizer-$tool" "no compute-sanitizer here"
   else
-    part "sanitizer-$tool" 20 "${on_gpu[@]}" "$sanitizer" --tool $tool --error-exitcode 1 \
+    part "sanitizer-$tool" 15 "${on_gpu[@]}" "$sanitizer" --tool $tool --error-exitcode 1 \
       $pack/device-tests --gtest_brief=1 --gtest_filter='RmsNorm*:Router.*:DispatchPlan*:SampleTokens.KeepsByHand:ScatterRows*:Graph*'
   fi
 done
@@ -84,8 +84,8 @@ compare_curves() {
 }
 export -f curve compare_curves
 export pack logs data device
-part curves 40 bash -c compare_curves
-part generate 20 $pack/lightmoe generate demo/base --prompt '47+85=' --prompt '12+30=' --device "$device" --max-new-tokens 32 --ignore-eos
+part curves 30 bash -c compare_curves
+part generate 10 $pack/lightmoe generate demo/base --prompt '47+85=' --prompt '12+30=' --device "$device" --max-new-tokens 32 --ignore-eos
 
 demo() {
   [ -f out/demo-data/.complete ] || { $pack/demo-generate_data out/demo-data && touch out/demo-data/.complete; }
@@ -93,7 +93,7 @@ demo() {
 }
 export -f demo
 export out
-part demo 60 bash -c demo
+part demo 50 bash -c demo
 
 bench=(env LIGHTMOE_BENCH_DEVICE="$device" $pack/lightmoe-bench --benchmark_min_time=0.05 --benchmark_out_format=json)
 part bench-ops 60 "${bench[@]}" --benchmark_filter='^op/' --benchmark_out="$out/ops.json"
@@ -102,11 +102,27 @@ part bench-gemm 50 "${bench[@]}" --benchmark_filter='^gemm/(simple|gemv|mma|wgmm
 if [ "$device" = cuda ]; then layer='olmoe-1b-7b/.*/uniform/(64|4096)/' model=mid; else layer='tiny/.*/uniform/1/' model=tiny; fi
 part bench-layer 40 "${bench[@]}" --benchmark_filter="^layer/$layer" --benchmark_out="$out/layer.json"
 part bench-model 40 "${bench[@]}" --benchmark_filter="^model/$model/[^/]*/bf16/(prefill|generate)" --benchmark_out="$out/model.json"
+# Hugging Face's OLMoE on the same machine: peers FILE OPTIONS...
+peers() {
+  local file=$out/$1.jsonl
+  shift
+  python3 scripts/peer_pytorch.py --device cuda --dtype bf16 "$@" > "$file" && tail -n 1 "$file"
+}
+export -f peers
+if [ "$device" = cuda ] && python3 -c 'import torch, transformers' 2> /dev/null; then
+  part peers 50 bash -c 'peers peers --shape mid --repeat 5'
+else
+  skip peers "no GPU, or no PyTorch with transformers"
+fi
 # OLMoE's own size, which takes minutes: all its products, layers and phases.
 if [ -n "${GPU_CHECK_FULL:-}" ]; then
   part bench-olmoe-gemm 600 "${bench[@]}" --benchmark_filter='^gemm/[^/]*/olmoe/' --benchmark_out="$out/olmoe-gemm.json"
   part bench-olmoe-layer 600 "${bench[@]}" --benchmark_filter='^layer/olmoe-1b-7b/' --benchmark_out="$out/olmoe-layer.json"
   part bench-olmoe-model 600 "${bench[@]}" --benchmark_filter='^model/olmoe-1b-7b/' --benchmark_out="$out/olmoe-model.json"
+  for experts in eager grouped_mm; do
+    part "olmoe-peers-$experts" 300 bash -c "peers olmoe-peers-$experts --shape olmoe-1b-7b --experts $experts --repeat 10 \
+      --only prefill --only generate --only train_step --only lora_step"
+  done
 fi
 ask_device clocks.sm,clocks.mem,temperature.gpu >> "$out/device.csv" 2>&1
 

@@ -12,15 +12,10 @@ import tomllib
 
 
 def listed(program):
-    """name -> (slots, reads, arXiv id, what it does), from the columns of --list."""
+    """name -> (slots, trains, reads, arXiv id), from the columns of --list."""
     lines = subprocess.run([program, "compress", "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
-    starts = [m.start() for m in re.finditer(r"(?<=  )\S|^\S", lines[0])]
-    found = {}
-    for line in lines[1:]:
-        cells = [line[a:b].strip() for a, b in zip(starts, starts[1:] + [None])]
-        if len(cells) == 6 and cells[0] and cells[2]:
-            found[cells[0]] = (cells[1], cells[3], cells[4], cells[5])
-    return found
+    rows = [re.split(r" {2,}", line) for line in lines[1:]]
+    return {cells[0]: tuple(cells[1:5]) for cells in rows}
 
 
 def share(cell):
@@ -51,18 +46,18 @@ def main():
 
     print(f"Exact match in %: as compressed, mean of {', '.join(known)}; recovered, mean of all five tasks ± standard deviation over seeds. "
           f"Made from `{options.report}` ({report['computed_by']}).\n")
-    head = ["method", "source", "slots", "reads", *[f"{100 * r:g} %" for r in ratios], *[f"{100 * r:g} %, recovered" for r in ratios]]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * 4 + "---:|" * (2 * len(ratios)))
+    head = ["method", "source", "slots", "training", "reads", *[f"{100 * r:g} %" for r in ratios], *[f"{100 * r:g} %, recovered" for r in ratios]]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * 5 + "---:|" * (2 * len(ratios)))
     methods = listed(options.program)
     table = []
     for name in recipe["recipe"]["methods"]:
         base = recipe.get("method", {}).get(name, {}).get("method", name)
         if base not in methods or not any((name, r, recovered) in rows for r in ratios for recovered in (False, True)):
             continue
-        slots, reads, paper, _ = methods[base]
+        slots, training, reads, paper = methods[base]
         compressed = [as_compressed(name, r) for r in ratios]
         recovered = [rows.get((name, r, True), {}).get("average") for r in ratios]
-        line = [name, paper or "-", slots, reads, *["-" if v is None else f"{v:.1f}" for v in compressed], *map(share, recovered)]
+        line = [name, paper or "-", slots, training, reads, *["-" if v is None else f"{v:.1f}" for v in compressed], *map(share, recovered)]
         table.append((-(compressed[-1] or 0), "| " + " | ".join(line) + " |"))
     for _, line in sorted(table):
         print(line)

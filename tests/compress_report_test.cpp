@@ -31,6 +31,7 @@ Report small_report() {
       .title = "A & B <test>", .model = "m", .version = "v", .recipe_file = "r.toml", .recipe_text = "x = \"<y>\""};
   report.original_parameters = 5000, report.original_bytes = 10000, report.num_layers = 2, report.num_slots = 4;
   report.method_order = {"original", "lightmoe"};
+  report.original = "original", report.featured = "lightmoe";
   for (const char* name : {"math", "code"}) {
     report.tasks.push_back({.name = name, .title = name, .metric = "exact_match", .share = true, .test_records = 10});
     report.tasks.back().gate_scores = {{.1, .4, .2, .3}, {.25, .25, .25, .25}};
@@ -126,6 +127,25 @@ TEST(Report, ParetoFrontHoldsWhatNothingSmallerBeats) {
   EXPECT_NE(section.find(">d</text>"), std::string::npos);  // named in the picture
   EXPECT_NE(section.find("<td class=\"best\">60.0</td>"), std::string::npos) << section;
   EXPECT_NE(to_html(report).find("All methods"), std::string::npos);
+}
+
+// A recipe may call its methods anything: colours and markers go by what they are, and no two of the others' pairs are equal.
+TEST(Report, PartsKeepTheirLooksUnderAnyName) {
+  Report report = small_report();
+  report.method_order = {"a", "b", "c", "d", "e", "f", "g"};
+  report.original = "b", report.whole_with_adapters = "d", report.featured = "f";
+  EXPECT_EQ(method_color(report, "b"), "var(--m0)");
+  EXPECT_EQ(method_color(report, "d"), "var(--m3)");
+  EXPECT_EQ(method_color(report, "f"), "var(--m1)");
+  EXPECT_EQ(method_color(report, "f, no training"), "var(--m1)");
+  const std::vector<std::string> others = {"a", "c", "e", "g"};
+  for (size_t i = 0; i < others.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) EXPECT_NE(method_color(report, others[i]), method_color(report, others[j]));
+  }
+  report.families = {{"a", "removed experts"}, {"b", kWholeModel}, {"f", "expert replacing"}};
+  EXPECT_EQ(family_color(report, "b"), "var(--m0)");
+  EXPECT_EQ(family_color(report, "f"), "var(--m1)");
+  EXPECT_EQ(family_color(report, "a"), "var(--m2)");
 }
 
 TEST(Report, SaysHowManyRunsAreMissing) {

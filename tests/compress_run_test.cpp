@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <sstream>
+
+#include "compress/registry.h"
 #include "compress/report.h"
 #include "compress/runner.h"
 #include "compress/weights.h"
@@ -35,6 +38,24 @@ std::string recipe_text(const fs::path& output, const std::string& extra = "", c
 Recipe recipe_of(const TempDir& where, const std::string& text, bool short_form = false) {
   put_file(where / "recipe.toml", text);
   return read_recipe((where / "recipe.toml").string(), short_form);
+}
+
+// What scripts read: a line a method, six columns two spaces apart at least, whatever stands in them.
+TEST(Recipe, MethodsAreListedInColumns) {
+  const ProgramResult run = run_lightmoe({"compress", "--list"});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  std::istringstream lines(run.out);
+  std::string line;
+  std::vector<std::string> names;
+  while (std::getline(lines, line)) {
+    names.push_back(line.substr(0, line.find(' ')));
+    int columns = 1;
+    for (size_t at = line.find("  "); at != std::string::npos; at = line.find("  ", line.find_first_not_of(' ', at)))
+      ++columns;
+    EXPECT_EQ(columns, 6) << line;
+  }
+  ASSERT_EQ(names.size(), methods().size() + 1);
+  for (size_t i = 0; i < methods().size(); ++i) EXPECT_EQ(names[i + 1], methods()[i].name);
 }
 
 TEST(Recipe, ReadsMethodsRatiosAndScales) {
@@ -128,6 +149,10 @@ TEST(Run, DoesEveryStageOnceAndReports) {
   ASSERT_EQ(report.rows.size(), 4u);
   EXPECT_EQ(report.tasks[0].metric, "perplexity");
   EXPECT_FALSE(report.tasks[0].higher_is_better);
+  EXPECT_EQ(report.original, "original");
+  EXPECT_EQ(report.whole_with_adapters, "lora");
+  EXPECT_EQ(report.featured, "lightmoe");
+  EXPECT_EQ(report.families.at("lightmoe"), "expert replacing");
   EXPECT_LE(report.rows[3].parameters, .5 * 451520);
   EXPECT_EQ(report.rows[3].file_bytes, report.rows[3].live_bytes);
   EXPECT_EQ(report.runs[3].curve.size(), 2u);
