@@ -1,6 +1,7 @@
 #include "kernels/attention.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "bench/op_bench.h"
 #include "tests/cases/attention.h"
@@ -35,20 +36,33 @@ Problem make(const cases::AttentionCase& c, DType dtype, DType kv_dtype) {
   return p;
 }
 
-void add(const cases::AttentionCase& c, DType dtype, DType kv_dtype, bool with_backward = true) {
+// Of Hopper's two ways through training's passes the one on mma.sync.
+std::function<void()> without_wgmma(const std::function<void()>& call) {
+  return [call] {
+    set_attention_takes_wgmma(false);
+    call();
+    set_attention_takes_wgmma(true);
+  };
+}
+
+// Training's passes, or inference's, which keep no lse.
+void add(const cases::AttentionCase& c, DType dtype, DType kv_dtype, bool training = true, bool wgmma = true) {
   std::string name = c.name;
   std::replace(name.begin(), name.end(), ' ', '_');
   const std::string types = dtype == kv_dtype ? fmt::format("{}", name_of(dtype))
                                               : fmt::format("{}_kv_{}", name_of(dtype), name_of(kv_dtype));
-  const std::string suffix = fmt::format("/{}/{}_{}h{}kv{}d", types, name, c.heads, c.kv_heads, c.head_dim);
+  const std::string suffix = fmt::format("/{}/{}_{}h{}kv{}d{}{}", types, name, c.heads, c.kv_heads, c.head_dim,
+                                         training ? "" : "/inference", wgmma ? "" : "/mma");
+  const auto chosen = [wgmma](const std::function<void()>& call) { return wgmma ? call : without_wgmma(call); };
   const double per_pair = static_cast<double>(c.heads * c.head_dim);
   bench::add("op/attention" + suffix, [=] {
-    const Problem p = make(c, dtype, kv_dtype);
+    Problem p = make(c, dtype, kv_dtype);
+    if (!training) p.forward.lse = {};
     return bench::Work{.bytes = bench::bytes_of({p.forward.k, p.forward.v}),
                        .flops = 4 * per_pair * p.pairs,
-                       .run = [=] { run(p.forward); }};
+                       .run = chosen([=] { run(p.forward); })};
   });
-  if (!with_backward) return;
+  if (!training) return;
   bench::add("op/attention_backward" + suffix, [=] {
     const Problem p = make(c, dtype, kv_dtype);
     const Attention& f = p.forward;
@@ -64,7 +78,7 @@ void add(const cases::AttentionCase& c, DType dtype, DType kv_dtype, bool with_b
                                .dq = f.q.clone(),
                                .dk = f.k.clone(),
                                .dv = f.v.clone()};
-    return bench::Work{.flops = 10 * per_pair * p.pairs, .run = [=] { run(op); }};
+    return bench::Work{.flops = 10 * per_pair * p.pairs, .run = chosen([=] { run(op); })};
   });
 }
 
@@ -78,6 +92,15 @@ const bool registered = bench::registered([] {
   add({"decode_at_4096", 16, 16, 128, step}, DType::kF32, DType::kF32, false);
   add({"decode_at_4096", 16, 16, 128, step}, DType::kF32, DType::kBF16, false);
   add({"decode_at_4096", 16, 2, 128, step}, DType::kF32, DType::kF32, false);
+  const std::vector<cases::AttentionSequence> eight(8, {4096, 4096, 0, 0});
+  if (bench::is_for_gpu()) {
+    for (const bool wgmma : {true, false}) {
+      add({"4096", 16, 16, 128, four}, DType::kBF16, DType::kBF16, true, wgmma);
+      add({"8_x_4096", 16, 16, 128, eight}, DType::kBF16, DType::kBF16, true, wgmma);
+    }
+    add({"4096", 16, 16, 128, four}, DType::kBF16, DType::kBF16, false);
+    add({"decode_at_4096", 16, 16, 128, step}, DType::kBF16, DType::kBF16, false);
+  }
   // The demo's shape: rows of packed documents of about 40 tokens, narrow heads.
   add({"packed_40", 4, 4, 32, std::vector<cases::AttentionSequence>(100, {40, 40, 0, 0})}, DType::kF32, DType::kF32);
 });

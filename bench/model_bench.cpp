@@ -1,13 +1,15 @@
 // Whole models, original and compressed side by side: model/<shape>/<kind>/<numbers>/<phase>. Shapes are those of named_config (tiny,
 // mid, olmoe-1b-7b), weights random; kinds are those of model_session.h; numbers: f32, bf16_products (weights f32, products bf16), bf16.
-//   prefill             1 x 512 tokens, logits of every position (as Hugging Face's forward)
+//   prefill             1 x 512 tokens, logits of every position (as Hugging Face's forward); prefill_2048 on a GPU: 1 x 2048
 //   prefill_last        the same with the logits of the last position alone (as an inference engine)
 //   decode              64 tokens, one at a time, after a prompt of 16
 //   generate_B          B = 1, 8, 32 sequences side by side, 64 new tokens each after a prompt of 16, as `lightmoe generate` runs them (on a
 //                       GPU one graph a step, greedy); tokens/s of the steps alone
 //   *_per_slot          the compressed model with every slot running its base for itself (base-once off)
-//   train_step          4 x 256 tokens: forward, backward, clip, AdamW on every parameter
-//   recovery_step       the same on what recovery trains: bases and adapters; recovery_annealing: with the originals blended in
+//   train_step          4 x 256 tokens: forward, backward, clip, AdamW on every parameter (of bf16 weights on their f32 master copies)
+//   recovery_step       the same on what recovery trains, bases and adapters; recovery_annealing: with the originals blended in
+//   *_64k               on a GPU: a step over 16 passes of 4 x 1024 tokens
+// Steps of olmoe-1b-7b and the models between (lightmoe-30, -40) in bf16 only, the steps on a GPU only: a host has not their memory.
 // Counters: tokens/s; of_gemm and of_memory, the shares of the measured ceilings (products of that type; reading memory) that the
 // phase's useful FLOPs and its weight bytes come to; MiB: stored (weights of the model), live (all tensors after the phase), peak (of all
 // tensors during it), rss (the process, after its cache is given back); saved_*: against the original in the same phase; activations_KiB/token
@@ -20,6 +22,7 @@
 
 #include "bench/gpu_clocks.h"
 #include "bench/model_session.h"
+#include "bench/op_bench.h"
 #include "model/generate.h"
 #include "model/moe_op.h"
 #include "runtime/device.h"
@@ -34,7 +37,8 @@ struct Variant {
   GemmCompute compute;
   ModelKind kind;
 };
-constexpr const char* kKindNames[] = {"original", "lightmoe-50", "lightmoe-50", "lightmoe-50"};
+constexpr const char* kKindNames[] = {"original",    "lightmoe-30", "lightmoe-40",
+                                      "lightmoe-50", "lightmoe-50", "lightmoe-50"};
 
 std::vector<int32_t> random_ids(int64_t count, int64_t vocab, uint64_t seed) {
   Philox random(seed, 5);
@@ -80,20 +84,20 @@ ModelSession& session_for(const Variant& v) {
   return session;
 }
 
-void prefill(benchmark::State& state, const Variant& v, bool all_logits) {
+void prefill(benchmark::State& state, const Variant& v, bool all_logits, int64_t tokens = 512) {
   ModelSession& session = session_for(v);
   const Olmoe& model = session.model();
   const ForwardOptions options{.compute = v.compute};
-  const Batch batch = make_batch(random_ids(512, model.config.vocab_size, 2), 1, 512);
+  const Batch batch = make_batch(random_ids(tokens, model.config.vocab_size, 2), 1, tokens);
   const PassWork work = session.count(batch, all_logits);
   reset_peak_memory();
   const GpuClocks clocks(state);
   for (auto _ : state) {
     const Tensor hidden = model.forward(batch, options);
-    benchmark::DoNotOptimize(model.logits(all_logits ? hidden : hidden.slice(511, 512), options).raw());
+    benchmark::DoNotOptimize(model.logits(all_logits ? hidden : hidden.slice(tokens - 1, tokens), options).raw());
     wait_for_device(default_device());
   }
-  report(state, v, all_logits ? "prefill" : "prefill_last", 512, work.forward_flop(), 0);
+  report(state, v, fmt::format("prefill_{}_{}", tokens, all_logits), tokens, work.forward_flop(), 0);
 }
 
 void decode(benchmark::State& state, const Variant& v) {
@@ -145,20 +149,26 @@ void generate_batch(benchmark::State& state, const Variant& v, int64_t sequences
   report(state, v, fmt::format("generate_{}", sequences), times.decode_tokens, 0, 0);
 }
 
-void train_step(benchmark::State& state, const Variant& v) {
-  constexpr int64_t kRows = 4, kLength = 256;
+// A step of `passes` over 4 x `length` tokens.
+void train_step(benchmark::State& state, const Variant& v, int64_t length = 256, int64_t passes = 1) {
+  constexpr int64_t kRows = 4;
   ModelSession& session = session_for(v);
-  const std::vector<int32_t> ids = random_ids(kRows * kLength, session.model().config.vocab_size, 4);
-  const Batch batch = make_batch(ids, kRows, kLength, ids);
+  const std::vector<int32_t> ids = random_ids(kRows * length, session.model().config.vocab_size, 4);
+  const Batch batch = make_batch(ids, kRows, length, ids);
   const PassWork work = session.count(batch, true);
   session.start_training(batch, v.compute);
   reset_peak_memory();
   const int64_t lasting = memory_use_total().live_bytes;
   const GpuClocks clocks(state);
-  for (auto _ : state) session.train_step(batch, v.compute);
-  report(state, v, "step", kRows * kLength, work.step_flop(), 0);
+  for (auto _ : state) {
+    session.train_step(batch, v.compute, passes);
+    wait_for_device(default_device());
+  }
+  const int64_t tokens = kRows * length;
+  report(state, v, fmt::format("step_{}", tokens * passes), tokens * passes,
+         work.step_flop() * static_cast<double>(passes), 0);
   state.counters["activations_KiB/token"] =
-      static_cast<double>(memory_use_total().peak_bytes - lasting) / 1024 / (kRows * kLength);
+      static_cast<double>(memory_use_total().peak_bytes - lasting) / 1024 / static_cast<double>(tokens);
 }
 
 enum class Clock : uint8_t { kOfBenchmark, kOfBody };  // kOfBody: it sets the time of an iteration itself
@@ -178,42 +188,52 @@ std::function<void(benchmark::State&)> per_slot(const std::function<void(benchma
   };
 }
 
-void add_phases(const Variant& v) {
-  if (v.kind == ModelKind::kRecovery || v.kind == ModelKind::kAnnealing) {
-    add(v, v.kind == ModelKind::kRecovery ? "recovery_step" : "recovery_annealing",
-        [v](benchmark::State& s) { train_step(s, v); });
-    return;
-  }
+void add_inference(const Variant& v) {
   add(v, "prefill", [v](benchmark::State& s) { prefill(s, v, true); });
   add(v, "prefill_last", [v](benchmark::State& s) { prefill(s, v, false); });
+  if (is_for_gpu()) add(v, "prefill_2048", [v](benchmark::State& s) { prefill(s, v, true, 2048); });
   add(v, "decode", [v](benchmark::State& s) { decode(s, v); });
   for (const int64_t sequences : {1, 8, 32}) {
     const std::string phase = fmt::format("generate_{}", sequences);
     const auto body = [v, sequences](benchmark::State& s) { generate_batch(s, v, sequences); };
     add(v, phase, body, Clock::kOfBody);
-    if (v.kind == ModelKind::kCompressed) add(v, phase + "_per_slot", per_slot(body), Clock::kOfBody);
+    if (v.kind == ModelKind::kLightMoe50) add(v, phase + "_per_slot", per_slot(body), Clock::kOfBody);
   }
-  if (v.kind == ModelKind::kCompressed) {
+  if (v.kind == ModelKind::kLightMoe50) {
     add(v, "prefill_per_slot", per_slot([v](benchmark::State& s) { prefill(s, v, true); }));
-  }
-  if (v.kind == ModelKind::kOriginal && v.weights == DType::kF32) {
-    add(v, "train_step", [v](benchmark::State& s) { train_step(s, v); });
   }
 }
 
-// Kinds outside, so that a model in memory serves all that is measured on it before it is changed.
-const bool registered = [] {
-  const ModelKind kinds[] = {ModelKind::kOriginal, ModelKind::kCompressed, ModelKind::kRecovery, ModelKind::kAnnealing};
-  for (const char* const shape : {"tiny", "mid"}) {
-    for (const ModelKind kind : kinds) {
-      add_phases({shape, "f32", DType::kF32, GemmCompute::kF32, kind});
-      add_phases({shape, "bf16_products", DType::kF32, GemmCompute::kBF16, kind});
-    }
+void add_steps(const Variant& v) {
+  const std::string name = v.kind == ModelKind::kOriginal   ? "train_step"
+                           : v.kind == ModelKind::kRecovery ? "recovery_step"
+                                                            : "recovery_annealing";
+  add(v, name, [v](benchmark::State& s) { train_step(s, v); });
+  if (is_for_gpu()) add(v, name + "_64k", [v](benchmark::State& s) { train_step(s, v, 1024, 16); });
+}
+
+using Numbers = std::pair<const char*, GemmCompute>;
+// Kinds outside, so that a model in memory serves all that is measured on it before it is changed; steps last, as a process that has trained
+// does not give all of its memory back.
+void add_model(const std::string& shape, DType weights, const std::vector<Numbers>& numbers,
+               const std::vector<ModelKind>& kinds) {
+  for (const ModelKind kind : kinds) {
+    for (const auto& [name, compute] : numbers) add_inference({shape, name, weights, compute, kind});
   }
+  if (shape == "olmoe-1b-7b" && !is_for_gpu()) return;
+  for (const ModelKind kind : {ModelKind::kOriginal, ModelKind::kRecovery, ModelKind::kAnnealing}) {
+    for (const auto& [name, compute] : numbers) add_steps({shape, name, weights, compute, kind});
+  }
+}
+
+const bool registered = [] {
   for (const char* const shape : {"tiny", "mid", "olmoe-1b-7b"}) {
-    for (const ModelKind kind : {ModelKind::kOriginal, ModelKind::kCompressed}) {
-      add_phases({shape, "bf16", DType::kBF16, GemmCompute::kBF16, kind});
+    if (shape != std::string_view("olmoe-1b-7b")) {
+      add_model(shape, DType::kF32, {{"f32", GemmCompute::kF32}, {"bf16_products", GemmCompute::kBF16}},
+                {ModelKind::kOriginal, ModelKind::kLightMoe50});
     }
+    add_model(shape, DType::kBF16, {{"bf16", GemmCompute::kBF16}},
+              {ModelKind::kOriginal, ModelKind::kLightMoe30, ModelKind::kLightMoe40, ModelKind::kLightMoe50});
   }
   return true;
 }();

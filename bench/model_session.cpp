@@ -15,12 +15,18 @@
 namespace lightmoe::bench {
 namespace {
 
-constexpr double kRatio = 0.5, kBeta = 0.5;
+constexpr double kBeta = 0.5;
 constexpr int64_t kBases = 3, kRank = 16;
 
-int64_t replaced_per_layer(const OlmoeConfig& config) {
+// Of the whole model.
+double removed_share(ModelKind kind) {
+  if (kind == ModelKind::kLightMoe30) return 0.3;
+  return kind == ModelKind::kLightMoe40 ? 0.4 : 0.5;
+}
+
+int64_t replaced_per_layer(const OlmoeConfig& config, ModelKind kind) {
   const ReplacementCost cost{.size = model_size(config), .bases = kBases, .rank = kRank};
-  const int64_t target = target_parameters({.kind = BudgetKind::kWholeModel, .value = kRatio}, cost, 2);
+  const int64_t target = target_parameters({.kind = BudgetKind::kWholeModel, .value = removed_share(kind)}, cost, 2);
   int64_t replaced = 0;
   while (cost.size.rest + config.num_layers * cost.layer_parameters(replaced) > target) ++replaced;
   return replaced;
@@ -81,11 +87,11 @@ void compress_layer(const OlmoeConfig& c, MoeLayer& moe, int64_t replaced, Model
     moe.slots[static_cast<size_t>(gone[i])].expert = static_cast<int32_t>(first_base + base);
   }
   for (int64_t s = 0; s < c.num_experts; ++s) {
-    if (kind == ModelKind::kCompressed && !is_replaced(s)) continue;
+    if (is_for_inference(kind) && !is_replaced(s)) continue;
     moe.slots[static_cast<size_t>(s)].adapter = static_cast<int32_t>(moe.adapters.size());
     moe.adapters.push_back(random_adapter(c, fmt::format("{}.adapter.{}", name, s), dtype, static_cast<uint64_t>(s)));
   }
-  if (kind == ModelKind::kCompressed) return;
+  if (is_for_inference(kind)) return;
   for (size_t e = 0; e < first_base; ++e) {
     moe.experts[e].gate_up->trainable = moe.experts[e].down->trainable = false;
   }
@@ -100,12 +106,12 @@ void compress_layer(const OlmoeConfig& c, MoeLayer& moe, int64_t replaced, Model
 }
 
 void compress_in_place(Olmoe& model, ModelKind kind) {
-  const int64_t replaced = replaced_per_layer(model.config);
-  if (kind != ModelKind::kCompressed) model.set_trainable([](const std::string&) { return false; });
+  const int64_t replaced = replaced_per_layer(model.config, kind);
+  if (!is_for_inference(kind)) model.set_trainable([](const std::string&) { return false; });
   for (size_t l = 0; l < model.blocks.size(); ++l) {
     compress_layer(model.config, model.blocks[l].moe, replaced, kind, fmt::format("layer.{}", l));
   }
-  if (kind == ModelKind::kCompressed) return;
+  if (is_for_inference(kind)) return;
   for (const Block& block : model.blocks) {
     for (const Adapter& a : block.moe.adapters) {
       for (const ParameterPtr& p : {a.a_gate_up, a.b_gate, a.b_up, a.a_down, a.b_down}) p->trainable = true;
@@ -113,6 +119,9 @@ void compress_in_place(Olmoe& model, ModelKind kind) {
     for (size_t e = block.moe.experts.size() - static_cast<size_t>(kBases); e < block.moe.experts.size(); ++e) {
       block.moe.experts[e].gate_up->trainable = block.moe.experts[e].down->trainable = true;
     }
+  }
+  for (const ParameterPtr& p : model.parameters()) {  // as recovery keeps them
+    if (p->trainable && p->value.dtype() == DType::kBF16) p->value = p->value.to(DType::kF32);
   }
 }
 
@@ -170,7 +179,7 @@ ModelSession& ModelSession::get(const std::string& shape, DType weights, ModelKi
   const bool loaded = session.model_ && session.shape_ == shape && session.weights_ == weights;
   if (loaded && session.kind_ == kind) return session;
   session.optimizer_.reset();
-  if (loaded && session.kind_ == ModelKind::kOriginal && kind == ModelKind::kCompressed) {
+  if (loaded && session.kind_ == ModelKind::kOriginal && is_for_inference(kind)) {
     for (const ParameterPtr& p : session.model_->parameters()) p->grad.reset();
   } else {
     session.model_.reset();
@@ -210,10 +219,12 @@ PassWork ModelSession::count_decode(const Batch& batch, int64_t length) {
   return work;
 }
 
-void ModelSession::train_step(const Batch& batch, GemmCompute compute) {
+void ModelSession::train_step(const Batch& batch, GemmCompute compute, int64_t passes) {
   optimizer_->zero_grad();
-  const double labels = static_cast<double>(batch.tokens() - batch.sequences.k_count.dim(0));
-  model_->forward_backward(batch, {.compute = compute, .loss_scale = 1 / labels, .aux_coef = 0.01});
+  const double labels = static_cast<double>(passes * (batch.tokens() - batch.sequences.k_count.dim(0)));
+  const double share = 1 / static_cast<double>(passes);
+  for (int64_t i = 0; i < passes; ++i)
+    model_->forward_backward(batch, {.compute = compute, .loss_scale = 1 / labels, .aux_coef = 0.01 * share});
   optimizer_->step(1e-4, optimizer_->gradient_norm());
 }
 

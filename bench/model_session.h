@@ -2,8 +2,8 @@
 // What the model benchmarks share: one model in memory at a time, original or compressed, with its training state; what a pass over
 // it computes and reads.
 //   original     the stock model, weights random
-//   lightmoe-50  the same after expert replacing at 50 % of the whole model: 3 bases a layer, adapters of rank 16 on replaced slots
-//   recovery     lightmoe-50 as it trains: adapters on every slot; bases and adapters train, the rest is frozen
+//   lightmoe-N   the same after expert replacing, N % of the whole model removed: 3 bases a layer, adapters of rank 16 on replaced slots
+//   recovery     lightmoe-50 as it trains: adapters on every slot; bases and adapters train, in f32, the rest is frozen
 //   annealing    recovery while the originals are still blended in (beta 0.5)
 
 #include <memory>
@@ -15,7 +15,10 @@
 
 namespace lightmoe::bench {
 
-enum class ModelKind : uint8_t { kOriginal, kCompressed, kRecovery, kAnnealing };
+enum class ModelKind : uint8_t { kOriginal, kLightMoe30, kLightMoe40, kLightMoe50, kRecovery, kAnnealing };
+inline bool is_for_inference(ModelKind kind) {  // compressed, and nothing of it trains
+  return kind == ModelKind::kLightMoe30 || kind == ModelKind::kLightMoe40 || kind == ModelKind::kLightMoe50;
+}
 
 // FLOPs and bytes of weights of a pass as it was routed: a stored expert counts once per token.
 struct PassWork {
@@ -41,7 +44,8 @@ class ModelSession {
   PassWork count_decode(const Batch& batch, int64_t length);
   // Two steps unless this session has trained: gradients, moments and memory are then in place.
   void start_training(const Batch& batch, GemmCompute compute);
-  void train_step(const Batch& batch, GemmCompute compute);  // forward, backward, clip, AdamW
+  // `passes` forward and backward passes over the batch, then clip and AdamW.
+  void train_step(const Batch& batch, GemmCompute compute, int64_t passes = 1);
   // Bytes of the original's weights, of the same dtype.
   int64_t original_bytes() const;
 

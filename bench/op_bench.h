@@ -1,15 +1,17 @@
 #pragma once
 // One benchmark per op, type and shape: op/NAME/TYPE/SHAPE. Counters: GB/s of the tensors the contract says are moved, GFLOP/s where
-// the op counts them, best_* of the fastest iteration, for machines that are not idle, and on a GPU of_copy, the share of the bandwidth of a
-// large copy in the same process, and its clocks. On the device that LIGHTMOE_BENCH_DEVICE names.
+// the op counts them, best_* of the fastest iteration, for machines that are not idle, the median and the 10th and 90th percentile of the
+// iterations' times, and on a GPU of_copy, the share of the bandwidth of a large copy in the same process, and its clocks. On the device that LIGHTMOE_BENCH_DEVICE names.
 
 #include <benchmark/benchmark.h>
 #include <fmt/core.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <functional>
-#include <limits>
 #include <string>
+#include <vector>
 
 #include "bench/ceilings.h"
 #include "bench/gpu_clocks.h"
@@ -33,11 +35,24 @@ inline void flush_caches() {
   memory.fill_zero();
 }
 
+// Nearest rank: percentile 50 of three values is the second.
+inline double percentile(std::vector<double> values, double percent) {
+  std::sort(values.begin(), values.end());
+  const auto rank = static_cast<int64_t>(std::ceil(percent / 100 * static_cast<double>(values.size())));
+  return values.at(static_cast<size_t>(std::max<int64_t>(rank, 1) - 1));
+}
+
+inline void report_spread(benchmark::State& state, const std::vector<double>& seconds) {
+  state.counters["median_us"] = percentile(seconds, 50) * 1e6;
+  state.counters["p10_us"] = percentile(seconds, 10) * 1e6;
+  state.counters["p90_us"] = percentile(seconds, 90) * 1e6;
+}
+
 // One call at a time, timed on the device. On a GPU with its L2 flushed before, unless hot.
 inline void measure(benchmark::State& state, const Work& work, bool hot) {
   work.run();
   DeviceTimer timer(default_device());
-  double best = std::numeric_limits<double>::infinity();
+  std::vector<double> times;
   const GpuClocks clocks(state);
   for (auto _ : state) {
     if (default_device() == DeviceKind::kCuda && !hot) flush_caches();
@@ -45,8 +60,10 @@ inline void measure(benchmark::State& state, const Work& work, bool hot) {
     work.run();
     const double seconds = timer.stop_us() * 1e-6;
     state.SetIterationTime(seconds);
-    best = std::min(best, seconds);
+    times.push_back(seconds);
   }
+  report_spread(state, times);
+  const double best = percentile(times, 0);
   const auto rate = [&](const char* counter, double amount) {
     if (amount == 0) return;
     state.counters[counter] = benchmark::Counter(amount * 1e-9, benchmark::Counter::kIsIterationInvariantRate);

@@ -6,6 +6,7 @@
 # GPU_CHECK_SECONDS (570), so that a hang does not cost the rest; every part runs even when one before it failed. The exit status says
 # whether all passed.
 # GPU_CHECK_FULL=1 adds the benchmarks at OLMoE's own size, 40 minutes at most.
+# GPU_CHECK_ONLY=REGEX runs the parts whose names match, e.g. GPU_CHECK_FULL=1 GPU_CHECK_ONLY=bench-olmoe-model.
 # GPU_CHECK_DEVICE=sim runs the same parts on the simulator, to try this script where there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +26,7 @@ row() { printf '%-22s %-8s %5s s  %s\n' "$@" | tee -a "$summary"; }
 part() {
   local name=$1 limit=$(($2 * total / 570)) begin=$SECONDS code last
   shift 2
+  [[ $name =~ ${GPU_CHECK_ONLY:-.} ]] || return 0
   timeout --kill-after=5 "$limit" "$@" > "$logs/$name.log" 2>&1
   code=$?
   last=$(grep -v '^[[:space:]]*$' "$logs/$name.log" | tail -n 1 | cut -c1-110)
@@ -101,7 +103,8 @@ part bench-gemm 50 "${bench[@]}" --benchmark_filter='^gemm/(simple|gemv|mma|wgmm
 # One layer at OLMoE's shape and a middle-sized model, original and compressed; on the simulator the small shape.
 if [ "$device" = cuda ]; then layer='olmoe-1b-7b/.*/uniform/(64|4096)/' model=mid; else layer='tiny/.*/uniform/1/' model=tiny; fi
 part bench-layer 40 "${bench[@]}" --benchmark_filter="^layer/$layer" --benchmark_out="$out/layer.json"
-part bench-model 40 "${bench[@]}" --benchmark_filter="^model/$model/[^/]*/bf16/(prefill|generate)" --benchmark_out="$out/model.json"
+part bench-model 40 "${bench[@]}" --benchmark_repetitions=3 --benchmark_report_aggregates_only=true \
+  --benchmark_filter="^model/$model/(original|lightmoe-50)/bf16/(prefill|generate|train_step/|recovery_step/)" --benchmark_out="$out/model.json"
 # Hugging Face's OLMoE on the same machine: peers FILE OPTIONS...
 peers() {
   local file=$out/$1.jsonl
@@ -118,7 +121,8 @@ fi
 if [ -n "${GPU_CHECK_FULL:-}" ]; then
   part bench-olmoe-gemm 600 "${bench[@]}" --benchmark_filter='^gemm/[^/]*/olmoe/' --benchmark_out="$out/olmoe-gemm.json"
   part bench-olmoe-layer 600 "${bench[@]}" --benchmark_filter='^layer/olmoe-1b-7b/' --benchmark_out="$out/olmoe-layer.json"
-  part bench-olmoe-model 600 "${bench[@]}" --benchmark_filter='^model/olmoe-1b-7b/' --benchmark_out="$out/olmoe-model.json"
+  part bench-olmoe-model 600 "${bench[@]}" --benchmark_repetitions=3 --benchmark_report_aggregates_only=true \
+    --benchmark_filter='^model/olmoe-1b-7b/' --benchmark_out="$out/olmoe-model.json"
   for experts in eager grouped_mm; do
     part "olmoe-peers-$experts" 300 bash -c "peers olmoe-peers-$experts --shape olmoe-1b-7b --experts $experts --repeat 10 \
       --only prefill --only generate --only train_step --only lora_step"
