@@ -1,5 +1,8 @@
 #include "kernels/attention.h"
 
+#include <cstdlib>
+#include <string_view>
+
 #include "kernels/attention_tiles.h"
 
 namespace lightmoe {
@@ -257,6 +260,18 @@ void check_sequences(const Op& op, const char* name) {
 }
 
 }  // namespace
+
+namespace {
+bool& takes_wgmma() {
+  static bool on = [] {
+    const char* name = std::getenv("LIGHTMOE_ATTENTION");
+    return name == nullptr || std::string_view(name) != "mma";
+  }();
+  return on;
+}
+}  // namespace
+bool attention_takes_wgmma() { return takes_wgmma(); }
+void set_attention_takes_wgmma(bool on) { takes_wgmma() = on; }
 
 void run(const Attention& op) {
   check_inputs(op, "attention");

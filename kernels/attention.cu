@@ -194,6 +194,7 @@ int64_t parts_of(const Attention& op, const AttentionSizes& n) {
 void forward_device(const Attention& op) {
   if (op.q.dim(0) == 0) return;
   const AttentionSizes n(op);
+  if (attention_takes_wgmma() && launch_attention_wgmma(op, n)) return;
   const bool few_rows = op.q.dim(0) * n.group <= static_cast<int64_t>(kFewRows) * n.sequences;
   const int64_t parts = few_rows ? parts_of(op, n) : 0, rows = op.q.dim(0) * n.heads;
   AttentionResult to{elements_of("attention", op.out, op.head_dim), op.lse.defined() ? op.lse.data<float>() : nullptr,

@@ -185,6 +185,7 @@ void backward_device(const AttentionBackward& op) {
   op.dk.fill_zero(), op.dv.fill_zero();  // rows that no sequence owns
   launch<attention_delta_kernel>({.blocks = {static_cast<uint32_t>(ceil_div(delta.numel(), 8))}, .threads = {256}},
                                  elements(op.out), from.dout, delta.data<float>(), n.queries, n.heads, n.head_dim);
+  if (attention_takes_wgmma() && launch_attention_backward_wgmma(op, n, delta)) return;
   if (launch_attention_backward_mma(op, n, delta)) return;
   visit_head_width("attention_backward", op.head_dim, [&]<int kWidth>() {
     constexpr int kFew = kWidth <= 128 ? 32 : 16;  // shared memory holds half as many wide rows

@@ -119,6 +119,10 @@ bool launch_attention_mma(const Attention& op, const AttentionSizes& n, const At
 // The same of backward (attention_mma_backward.cu). delta f32 [H, Tq] = <out, dout>.
 bool launch_attention_backward_mma(const AttentionBackward& op, const AttentionSizes& n, const Tensor& delta);
 
+// Hopper's forms of training's passes (attention_wgmma.h); false likewise.
+bool launch_attention_wgmma(const Attention& op, const AttentionSizes& n);
+bool launch_attention_backward_wgmma(const AttentionBackward& op, const AttentionSizes& n, const Tensor& delta);
+
 struct SequenceTile {
   int sequence, tile;  // sequence -1: this block is behind the last tile
 };

@@ -35,6 +35,7 @@ DEVICE_FN float fast_log(float x) { return std::log(x); }
 DEVICE_FN float fast_divide(float a, float b) { return a / b; }
 DEVICE_FN float reciprocal_sqrt(float x) { return 1.0f / std::sqrt(x); }
 #endif
+DEVICE_FN float fast_exp2(float x) { return ptx::exp2_approximate(x); }
 DEVICE_FN float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
 
 // Calls f.template operator()<T>() for the types that device kernels take: f32 and bf16.

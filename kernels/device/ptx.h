@@ -4,6 +4,8 @@
 // are open; then sync_block() before other threads read what it brought.
 // mma_m16n8k16 fragments: lane l holds of D rows l/4 and l/4+8, columns 2(l%4), +1 (simulator/layouts.h has all maps).
 
+#include <cmath>
+
 #include "kernels/device/simt.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE::ptx {
@@ -21,6 +23,12 @@ DEVICE_FN uint32_t to_bf16x2(float first, float second) {  // the first in the l
   uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
   return out;
+}
+
+DEVICE_FN float exp2_approximate(float x) {  // 2 ulp; results below 2^-126 are 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Named barriers 0 to 15 over `threads` threads, a multiple of 32. sync waits, arrive does not.
@@ -89,6 +97,7 @@ inline bf16 to_bf16(float value) { return bf16(value); }
 inline uint32_t to_bf16x2(float first, float second) {
   return static_cast<uint32_t>(bf16(first).bits) | static_cast<uint32_t>(bf16(second).bits) << 16;
 }
+inline float exp2_approximate(float x) { return std::exp2(x); }
 inline void barrier_sync(int id, int threads SITE) { simulator::barrier_sync(id, threads, site_); }
 inline void barrier_arrive(int id, int threads SITE) { simulator::barrier_arrive(id, threads, site_); }
 inline void cp_async_16(void* shared, const void* global, int source_bytes = 16 SITE) {
