@@ -70,7 +70,9 @@ DEVICE_FN void prepare_barriers(uint64_t* own, uint64_t (&full)[kStages], uint64
   }
   sync_block();
 }
+// What the warp's lanes read themselves comes before the arrival of one of them.
 DEVICE_FN void release(uint64_t* free) {
+  sync_warp();
   if (lane_id() == 0) ptx::mbarrier_arrive(free);
 }
 

@@ -342,6 +342,10 @@ TEST(MolaeOptions, GroupsAndDown) {
   tiny.options.latent.size = 3;  // 3 (2*4*3 + 4*2*3) = 144: more than there was
   EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, {"impossible for molae", "latent space of 3"},
                                   [&] { tiny.plan("molae"); }));
+  tiny.options.latent.size = 1, tiny.options.latent.group = 5;
+  EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, {"--latent-group 5", "4 experts"}, [&] { tiny.plan("molae"); }));
+  tiny.options.latent.group = LatentOptions().group;  // 8: one group of all four
+  EXPECT_EQ(tiny.plan("molae").layers[0].shape.projections, 1);
 }
 
 void with_down(MethodOptions& o) { o.latent.down = true, o.latent.group = 16; }

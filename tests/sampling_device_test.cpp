@@ -76,7 +76,7 @@ TEST(SampleTokens, KeepsByHand) {
                                                                  {{.temperature = 1, .top_k = 2, .top_p = 0.7}, {1, 3}},
                                                                  {{.temperature = 1, .top_k = 2, .top_p = 0.6}, {1}}};
   testing::on_each_device<SampleTokens>([&] {
-    constexpr int64_t kDraws = 300;  // the rarest kept id has probability 1/16: missed with (15/16)^300 < 4e-9
+    constexpr int64_t kDraws = 100;  // the rarest kept id has probability 1/16; draws are Philox's, the same in every run
     std::vector<float> rows;
     std::vector<int32_t> streams;
     for (int32_t n = 0; n < kDraws; ++n) rows.insert(rows.end(), row.begin(), row.end()), streams.push_back(n);

@@ -32,8 +32,8 @@ inline const std::vector<AttentionCase> attention = {
     {"OLMoE's head width", 3, 3, 128, {{70, 70, 0, 0}}},
     {"heads of 64", 2, 2, 64, {{130, 130, 0, 3}, {1, 1, 0, 0}, {64, 64, 0, 0}, {128, 128, 0, 1}}},
     {"heads of 128, keys before and behind the queries",
-     2,
-     2,
+     1,
+     1,
      128,
      {{257, 257, 0, 0}, {40, 150, 110, 2}, {20, 9, -4, 0}, {5, 0, 0, 0}}},
     {"long decode", 2, 2, 128, {{1, 700, 699, 0}}}};
