@@ -82,7 +82,7 @@ MoeGroups::MoeGroups(const MoeLayer& layer, bool base_once) {
 }
 
 bool has_rows(const DispatchPlan& plan, size_t group) {
-  if (!is_host_memory(plan.group_offsets.device())) return true;
+  if (plan.group_offsets.device() != DeviceKind::kCpu) return true;  // not known yet: the work is queued, or recorded
   const int32_t* offsets = plan.group_offsets.data<int32_t>();
   return offsets[group + 1] > offsets[group];
 }

@@ -74,8 +74,8 @@ bool has_one_width(const MoeLayer& layer) {
 std::vector<MoeLayer> split_by_width(const MoeLayer& layer, const Tensor& slots) {
   std::vector<int64_t> widths;
   for (const Slot& slot : layer.slots) widths.push_back(width_of_slot(layer, slot));
-  std::map<int64_t, bool> chosen;  // width -> some token asks for it
-  const bool every = !is_host_memory(slots.device());
+  std::map<int64_t, bool> chosen;                         // width -> some token asks for it
+  const bool every = slots.device() != DeviceKind::kCpu;  // as the choices are not known yet
   for (const int64_t width : widths) {
     if (width != kNone) chosen[width] = every;
   }
