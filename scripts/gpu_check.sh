@@ -98,10 +98,14 @@ export out
 part demo 50 bash -c demo
 
 bench=(env LIGHTMOE_BENCH_DEVICE="$device" $pack/lightmoe-bench --benchmark_min_time=0.05 --benchmark_out_format=json)
-part bench-ops 60 "${bench[@]}" --benchmark_filter='^op/' --benchmark_out="$out/ops.json"
-part bench-gemm 50 "${bench[@]}" --benchmark_filter='^gemm/(simple|gemv|mma|wgmma|cublas)/(dense|grouped)' --benchmark_out="$out/gemm.json"
-# One layer at OLMoE's shape and a middle-sized model, original and compressed; on the simulator the small shape.
-if [ "$device" = cuda ]; then layer='olmoe-1b-7b/.*/uniform/(64|4096)/' model=mid; else layer='tiny/.*/uniform/1/' model=tiny; fi
+# All ops and products, one layer at OLMoE's shape and a middle-sized model, original and compressed; on the simulator what is small.
+if [ "$device" = cuda ]; then
+  ops='' gemm='(simple|gemv|mma|wgmma|cublas)/(dense|grouped)' layer='olmoe-1b-7b/.*/uniform/(64|4096)/' model=mid
+else
+  ops='(rms_norm|swiglu)(_backward)?/f32/[0-9]{1,2}x[0-9]{1,3}/' gemm='(mma|wgmma)/olmoe/down/uniform/1/' layer='tiny/.*/uniform/1/' model=tiny
+fi
+part bench-ops 60 "${bench[@]}" --benchmark_filter="^op/$ops" --benchmark_out="$out/ops.json"
+part bench-gemm 50 "${bench[@]}" --benchmark_filter="^gemm/$gemm" --benchmark_out="$out/gemm.json"
 part bench-layer 40 "${bench[@]}" --benchmark_filter="^layer/$layer" --benchmark_out="$out/layer.json"
 part bench-model 40 "${bench[@]}" --benchmark_repetitions=3 --benchmark_report_aggregates_only=true \
   --benchmark_filter="^model/$model/(original|lightmoe-50)/bf16/(prefill|generate|train_step/|recovery_step/)" --benchmark_out="$out/model.json"
