@@ -12,6 +12,10 @@ namespace lightmoe::LIGHTMOE_DEVICE {
 
 constexpr int kAttentionThreads = 256;
 
+DEVICE_FN void store_pair(bf16* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack_bf16(first, second);
+}
+
 // f32 or bf16, told at run time: only loads and stores differ, and they are few.
 struct Elements {
   const void* data;

@@ -46,10 +46,6 @@ DEVICE_FN void add_products(float (&d)[kColumns][4], const float (*factors)[4], 
   }
 }
 
-DEVICE_FN void store_pair(bf16* to, float first, float second) {
-  *reinterpret_cast<uint32_t*>(to) = pack_bf16(first, second);
-}
-
 // head_dim 64 or 128, all of bf16, starts of 16 bytes.
 template <class... Tensors>
 bool takes_mma(int64_t head_dim, const Tensors&... tensors) {

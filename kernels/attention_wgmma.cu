@@ -26,7 +26,7 @@ DEVICE_FN void produce(const Sources& from, const AttentionSpan& span, int head,
                        Shared<kWidth>& shared) {
   const int column = head * kWidth;
   bring(shared.q, from.q, span.q_begin + first, column, rows, &shared.own);
-  Ring<kStages> ring;
+  StageRing<kStages> ring;
   const auto next = [&](const Source& source, int block) {
     ptx::mbarrier_wait(&shared.free[ring.stage], ring.parity ^ 1);
     bring(shared.tile[ring.stage], source, span.k_begin + block * kKeys, column, span.k_count - block * kKeys,
@@ -92,7 +92,7 @@ struct Consumer {
     const int own_row = warp_id() / 4 * 64 - 64;  // the producers are warps 0 to 3
     float score[kKeys / 2], correction[2];
     uint32_t factors[kKeys / 16][4];
-    Ring<kStages> ring;
+    StageRing<kStages> ring;
     const auto take = [&] {
       const int stage = ring.stage;
       ptx::mbarrier_wait(&shared.full[stage], ring.parity);

@@ -6,7 +6,7 @@
 // Of D (64 x N) a thread holds elements 4 j + 2 i + c: row 16 (warp % 4) + lane / 4 + 8 i, column 8 j + 2 (lane % 4) + c.
 
 #include "kernels/attention_device.h"
-#include "kernels/device/ptx_hopper.h"
+#include "kernels/device/stage_ring.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
 
@@ -47,15 +47,6 @@ inline bool takes(int64_t head_dim, const AttentionSizes& n, std::initializer_li
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kProducerBarrier = 1;
 constexpr float kLog2E = 1.44269504f;
-
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  DEVICE_FN void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 // All threads, before the warpgroups part.
 template <int kStages>
@@ -165,10 +156,6 @@ template <int kN>
 DEVICE_FN void to_factors(uint32_t (&factors)[kN / 16][4], const float (&d)[kN / 2]) {
 #pragma unroll
   for (int i = 0; i < kN / 4; ++i) factors[i / 4][i % 4] = pack_bf16(d[2 * i], d[2 * i + 1]);
-}
-
-DEVICE_FN void store_pair(bf16* to, float first, float second) {
-  *reinterpret_cast<uint32_t*>(to) = pack_bf16(first, second);
 }
 
 #endif

@@ -49,7 +49,7 @@ DEVICE_FN void produce(const Sources& from, const Arguments& to, const Attention
   const int others = kOwnKeys ? span.queries : span.k_count, thread = static_cast<int>(threadIdx.x);
   const int column = head * kWidth;
   bring(shared.own, from.own[0], from.own[1], own_begin + extent.first, column, extent.count, &shared.own_full);
-  Ring<kStages> ring;
+  StageRing<kStages> ring;
   for (int begin = extent.begin; begin < extent.end; begin += kOther, ring.next()) {
     ptx::mbarrier_wait(&shared.free[ring.stage], ring.parity ^ 1);
     if constexpr (kOwnKeys) {
@@ -97,7 +97,7 @@ struct Consumer {
     const int own_row = warp_id() / 4 * 64 - 64;  // the producers are warps 0 to 3
     float s[kOther / 2], dp[kOther / 2];
     uint32_t p_factors[kOther / 16][4], ds_factors[kOther / 16][4];
-    Ring<kStages> ring;
+    StageRing<kStages> ring;
     ptx::mbarrier_wait(&shared.own_full, 0);
     for (int begin = extent.begin; begin < extent.end; begin += kOther, ring.next()) {
       const auto& other = shared.other[ring.stage];

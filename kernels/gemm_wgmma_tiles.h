@@ -2,7 +2,7 @@
 // What the two kernels of the wgmma backend share (gemm_wgmma.cu, gemm_wgmma_k.cu): a ring of stages in shared memory that one warpgroup
 // fills and two empty, 64 rows of the tile each, and what becomes of their accumulators.
 
-#include "kernels/device/ptx_hopper.h"
+#include "kernels/device/stage_ring.h"
 #include "kernels/gemm_tiles.h"
 
 namespace lightmoe::LIGHTMOE_DEVICE {
@@ -30,13 +30,7 @@ constexpr int kLag = 2;
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kBoxElements = kDepth * kDepth;
 
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  DEVICE_FN void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
+using Ring = StageRing<kStages>;
 
 // All threads, before the warpgroups part: full_arrivals fill a stage, one of each consumer warp frees it (wgmma_wait speaks for its own
 // warp).
