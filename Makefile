@@ -173,7 +173,7 @@ define checking_build # name, variables' prefix
 $(BUILD)/sim-$(1)/obj/%.o: %.cpp
 	@mkdir -p $$(@D)
 	@echo "  CXX  $$< ($(1))"
-	@$$(CCACHE) $$(CXX) $$(CPPFLAGS) $$(CXXFLAGS) $$($(2)_FLAGS) -c $$< -o $$@
+	@$$(CCACHE) $$(CXX) $$(CPPFLAGS) $$(CXXFLAGS) $$($(2)_FLAGS) -O3 -c $$< -o $$@
 $(BUILD)/sim-$(1)/obj/%.sim.o: %.cu
 	@mkdir -p $$(@D)
 	@echo "  SIM  $$< ($(1))"

@@ -32,7 +32,7 @@ struct CalibrateOptions {
 struct CalibrationSet {
   std::vector<std::vector<int32_t>> sequences;
   std::vector<std::vector<int32_t>> labels;  // the token after each, -100 where the data's loss mask leaves it out
-  std::vector<int64_t> sampled;  // per sequence: its first so many tokens
+  std::vector<int64_t> sampled;              // per sequence: its first so many tokens
   int64_t tokens = 0;
   std::string hash;  // of the sequences and their labels
 };

@@ -116,8 +116,8 @@ class Factors : public LatentSource {
 LatentForm form_of(const MethodInput& input) {
   const LatentOptions& options = input.options.latent;
   const int64_t slots = input.config.num_experts, group = std::min(options.group, slots);
-  check(options.group <= slots || options.group == LatentOptions().group, ErrorKind::kUsage,  // the default fits any layer
-        "--latent-group {}: a layer has {} experts", options.group, slots);
+  const bool fits = options.group <= slots || options.group == LatentOptions().group;  // the default fits any layer
+  check(fits, ErrorKind::kUsage, "--latent-group {}: a layer has {} experts", options.group, slots);
   const auto form = [&](int64_t size) {
     return LatentForm{.size = size, .projections = (slots + group - 1) / group, .group = group, .down = options.down};
   };

@@ -30,7 +30,7 @@ namespace lightmoe {
 
 struct AttentionSequences {
   Tensor q_begin, k_begin, k_count, q_pos;
-  int64_t max_k_count = 0;  // a bound of k_count that the host knows, 0 = none: devices then cut long caches into better parts
+  int64_t max_k_count = 0;  // a bound of k_count known to the host (0: none), by which devices cut long caches
 };
 struct Attention {
   Tensor q, k, v;

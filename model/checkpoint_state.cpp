@@ -4,8 +4,8 @@
 
 #include <cmath>
 
-#include "model/checkpoint.h"
 #include "loaders/json.h"
+#include "model/checkpoint.h"
 #include "runtime/version.h"
 
 namespace lightmoe {

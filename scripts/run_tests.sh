@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs a GoogleTest program as TEST_SHARDS processes (default: one for each core), each with its share of the tests:
+# Runs a GoogleTest program as TEST_SHARDS processes, each with its share of the tests, as many at a time as there are cores:
 #   run_tests.sh PROGRAM [ARGUMENTS]
+# Default: four for each core, so that the one with the longest tests does not end long after the others.
 # The cores are divided among them: many short parallel regions in more threads than cores took two to three times as long. Tests of
 # what threads may change set their number themselves. Lines are marked with their process; the last line is the sum,
 # "N passed, N failed, N skipped". A process that ends without its own summary counts as one more failure, and a run of no test fails.
 set -euo pipefail
-cores=$(nproc) shards=${TEST_SHARDS:-$(nproc)}
+cores=$(nproc) shards=${TEST_SHARDS:-$((4 * $(nproc)))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > shards ? cores / shards : 1))}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
@@ -15,7 +16,10 @@ run() { # shard, program, arguments
   GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$1 "${@:2}" 2>&1 | tee "$logs/$1" | sed -u "s/^/$1| /" || status=$?
   echo "$status" > "$logs/$1.status"
 }
-for ((i = 0; i < shards; i++)); do run "$i" "$@" & done
+for ((i = 0; i < shards; i++)); do
+  ((i < cores)) || wait -n
+  run "$i" "$@" &
+done
 wait
 
 passed=0 failed=0 skipped=0

@@ -147,15 +147,25 @@ void check_case(const cases::AttentionCase& c, DType dtype, DType kv_dtype) {
 
 TEST(Attention, MatchesTheEquation) {
   testing::on_each_device<Attention, AttentionBackward>([] {
+    struct Run {
+      DType dtype, kv_dtype;
+      bool wgmma = true;
+    };
+    size_t turn = 0;
     for (const auto& c : cases::attention) {
-      for (const DType dtype : testing::floating_dtypes()) check_case(c, dtype, dtype);
-      if (!on_cpu() && c.head_dim >= 64 && c.heads == c.kv_heads) {  // where wgmma would take it
-        set_attention_takes_wgmma(false);
-        check_case(c, DType::kBF16, DType::kBF16);
-        set_attention_takes_wgmma(true);
+      const bool two_kernels = !on_cpu() && c.head_dim >= 64 && c.heads == c.kv_heads;  // wgmma's and mma's
+      std::vector<Run> runs;
+      for (const DType dtype : testing::floating_dtypes()) runs.push_back({dtype, dtype});
+      if (two_kernels) runs.push_back({DType::kBF16, DType::kBF16, false});
+      // On devices two types differ in the loads alone: some cases are enough.
+      if (on_cpu() || c.head_dim == 16) runs.push_back({DType::kF32, DType::kBF16});
+      for (const Run& run : runs) {
+        if (two_kernels && !testing::is_run_now(turn++, runs.size())) continue;
+        set_attention_takes_wgmma(run.wgmma);
+        check_case(c, run.dtype, run.kv_dtype);
       }
-      // On devices two types differ in the loads alone: some cases are enough for the simulator's checking builds to stay quick.
-      if (on_cpu() || c.head_dim == 16) check_case(c, DType::kF32, DType::kBF16);
+      set_attention_takes_wgmma(true);
+      turn += two_kernels;
     }
   });
 }

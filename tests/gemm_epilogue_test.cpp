@@ -254,11 +254,14 @@ TEST(GemmEpilogue, MatchesTheEquation) {
     const std::string_view backend = forced_gemm_backend();
     const bool tensor_cores = backend == "mma" || backend == "wgmma" || backend == "gemv";
     if (backend == "blas" || backend == "cublas") return;  // have none
-    size_t turn = 0;
+    size_t turn = 0, shape = 0;
     const auto check_all = [&](const std::vector<Shapes>& list, auto&& types) {
       for (const Shapes& shapes : list) {
+        ++shape;
         for (const Variant& v : variants()) {
-          Check check(shapes, types(turn++), v);
+          ++turn;
+          if (!testing::is_run_now(turn + shape, 2)) continue;
+          Check check(shapes, types(turn), v);
           check.run_grouped();
           check.run_dense();
         }

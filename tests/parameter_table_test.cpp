@@ -26,8 +26,8 @@ TEST(ParameterTable, CountsThePublishedOlmoe) {
   int64_t total = 0;
   const auto parameters = stock_parameters(*named_config("olmoe-1b-7b"));
   for (const ParameterInfo& p : parameters) total += p.numel();
-  EXPECT_EQ(parameters.size(), 3219u);       // 16 layers of 9 + 3 * 64 tensors, and 3
-  EXPECT_EQ(total, 6'919'161'856);  // the published 6.92 B
+  EXPECT_EQ(parameters.size(), 3219u);  // 16 layers of 9 + 3 * 64 tensors, and 3
+  EXPECT_EQ(total, 6'919'161'856);      // the published 6.92 B
 }
 
 TEST(RandomWeights, DependOnSeedAndNameOnly) {

@@ -1,7 +1,7 @@
 // Sharded checkpoints whose index and shards disagree, or whose index leads out of the directory.
 
-#include "loaders/json.h"
 #include "loaders/safetensors_index.h"
+#include "loaders/json.h"
 
 #include <sys/stat.h>
 

@@ -76,11 +76,14 @@ TEST(SampleTokens, KeepsByHand) {
                                                                  {{.temperature = 1, .top_k = 2, .top_p = 0.7}, {1, 3}},
                                                                  {{.temperature = 1, .top_k = 2, .top_p = 0.6}, {1}}};
   testing::on_each_device<SampleTokens>([&] {
-    constexpr int64_t kDraws = 100;  // the rarest kept id has probability 1/16; draws are Philox's, the same in every run
+    constexpr int64_t kDraws =
+        100;  // the rarest kept id has probability 1/16; draws are Philox's, the same in every run
     std::vector<float> rows;
     std::vector<int32_t> streams;
     for (int32_t n = 0; n < kDraws; ++n) rows.insert(rows.end(), row.begin(), row.end()), streams.push_back(n);
+    size_t turn = 0;
     for (const auto& [rule, expected] : cases) {
+      if (!testing::is_run_now(turn++, 2)) continue;
       std::map<int32_t, int> counts;
       for (const int32_t token : sampled(Tensor::from(rows, {kDraws, 5}), 5, rule, Tensor::from(streams, {kDraws}),
                                          Tensor::zeros({kDraws}, DType::kI32))) {

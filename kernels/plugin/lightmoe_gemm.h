@@ -53,11 +53,11 @@ typedef struct lightmoe_gemm_problem {
   int32_t a_type, b_type, c_type;
   int32_t trans_a, trans_b; /* grouped_m: trans_a = 0; grouped_k: trans_a = 1, trans_b = 0 */
   int32_t round_bf16;
-  int32_t gather;     /* 1: a_rows or b_rows is given */
-  int32_t alignment;  /* every row of A and B (and of each B_g) begins at a multiple of so many bytes: 2, 4, 8 or 16 */
-  int32_t reserved;   /* 0 */
-  int64_t m, n, k;    /* grouped_m: m, grouped_k: k = rows of all groups; on a GPU an upper bound of them */
-  int64_t groups;     /* 1 for dense */
+  int32_t gather;    /* 1: a_rows or b_rows is given */
+  int32_t alignment; /* every row of A and B (and of each B_g) begins at a multiple of so many bytes: 2, 4, 8 or 16 */
+  int32_t reserved;  /* 0 */
+  int64_t m, n, k;   /* grouped_m: m, grouped_k: k = rows of all groups; on a GPU an upper bound of them */
+  int64_t groups;    /* 1 for dense */
   double alpha, beta;
   /* What follows is 0 in score and workspace, which decide by what stands above. */
   const void* a;
@@ -65,22 +65,22 @@ typedef struct lightmoe_gemm_problem {
   int64_t lda;
   const void* b; /* grouped_m: NULL */
   const int32_t* b_rows;
-  int64_t ldb; /* grouped_m: of every B_g */
-  void* c;     /* grouped_k: NULL */
-  int64_t ldc; /* grouped_k: of every C_g */
+  int64_t ldb;                 /* grouped_m: of every B_g */
+  void* c;                     /* grouped_k: NULL */
+  int64_t ldc;                 /* grouped_k: of every C_g */
   const int32_t* offsets;      /* [groups+1] in the device's memory; NULL for dense */
   const int32_t* host_offsets; /* the same in host memory, or NULL (GPU: the host does not know them) */
-  void* const* matrices;       /* [groups] in host memory: addresses of B_g (grouped_m) or C_g (grouped_k); NULL for dense */
+  void* const* matrices; /* [groups] in host memory: addresses of B_g (grouped_m) or C_g (grouped_k); NULL for dense */
 } lightmoe_gemm_problem;
 
 typedef struct lightmoe_gemm_host {
   uint32_t struct_size;
-  int32_t device;                              /* LIGHTMOE_GEMM_CPU or _CUDA */
-  int32_t ordinal, compute_capability;         /* of the GPU (90 = sm_90); 0 on a CPU */
-  int32_t threads;                             /* a CPU plug-in may use so many */
+  int32_t device;                      /* LIGHTMOE_GEMM_CPU or _CUDA */
+  int32_t ordinal, compute_capability; /* of the GPU (90 = sm_90); 0 on a CPU */
+  int32_t threads;                     /* a CPU plug-in may use so many */
   int32_t reserved;
-  uint64_t workspace_limit_bytes;              /* a problem that needs more is not given to the plug-in */
-  void (*log)(const char* message);            /* one line, to the user */
+  uint64_t workspace_limit_bytes;   /* a problem that needs more is not given to the plug-in */
+  void (*log)(const char* message); /* one line, to the user */
 } lightmoe_gemm_host;
 
 typedef struct lightmoe_gemm_plugin {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "runtime/error.h"
 
@@ -99,12 +100,16 @@ void arrived_on_fiber(Fiber& fiber) {
 
 void adopt_this_thread(Fiber& fiber) {
 #ifdef LIGHTMOE_ASAN
-  pthread_attr_t attributes;
-  pthread_getattr_np(pthread_self(), &attributes);
-  void* base;
-  pthread_attr_getstack(&attributes, &base, &fiber.stack_bytes);
-  pthread_attr_destroy(&attributes);
-  fiber.stack = static_cast<char*>(base);
+  // NOTE: pthread_getattr_np reads all of the process's memory map: once a thread, not once a block.
+  static thread_local const std::pair<void*, size_t> stack = [] {
+    pthread_attr_t attributes;
+    std::pair<void*, size_t> found;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &found.first, &found.second);
+    pthread_attr_destroy(&attributes);
+    return found;
+  }();
+  fiber.stack = static_cast<char*>(stack.first), fiber.stack_bytes = stack.second;
 #endif
   (void)fiber;
 }

@@ -158,7 +158,7 @@ struct Block {
 };
 
 inline Thread* current() { return static_cast<Thread*>(current_view); }
-std::string place(Site site);                 // "rms_norm.cu:31"
+std::string place(Site site);  // "rms_norm.cu:31"
 // LIGHTMOE_SIM_LAUNCHES=FILE gets a line for every kernel of this process, with the most dynamic shared memory it was launched with.
 void record_launch(const char* kernel, const Grid& grid);
 std::string kernel_name(const char* pretty);  // out of launch's __PRETTY_FUNCTION__

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/device/simulator/race_shadow.h"
 
@@ -115,15 +116,27 @@ void check_cell(Cell& cell, const Access& a) {
   a.write ? check_write(cell, a) : check_read(cell, a);
 }
 
+// f(cell, address, shared) of every byte; false if there is no shadow of this memory. What f makes of a cell is a function of the cell
+// alone, reports aside: the bytes of one access, mostly all alike, cost one call.
 template <class F>
-void for_cells(const void* p, size_t bytes, F&& f) {
+bool for_cells(const void* p, size_t bytes, F&& f) {
+  static_assert(std::has_unique_object_representations_v<Cell>);
   const Where where = find(p);
-  for (size_t i = 0; where.cell != nullptr && i < bytes; ++i)
+  if (where.cell == nullptr) return false;
+  const bool alike = bytes > 1 && std::memcmp(where.cell, where.cell + 1, (bytes - 1) * sizeof(Cell)) == 0;
+  const uint64_t reports = num_reports();
+  for (size_t i = 0; i < bytes; ++i) {
     f(where.cell[i], static_cast<const char*>(p) + i, where.shared);
+    if (alike && num_reports() == reports) {
+      std::fill_n(where.cell + 1, bytes - 1, where.cell[0]);
+      break;
+    }
+  }
+  return true;
 }
 
-void check_range(Thread* thread, const void* p, size_t bytes, bool write, bool atomic, uint32_t place) {
-  for_cells(p, bytes, [&](Cell& cell, const void* address, bool shared) {
+bool check_range(Thread* thread, const void* p, size_t bytes, bool write, bool atomic, uint32_t place) {
+  return for_cells(p, bytes, [&](Cell& cell, const void* address, bool shared) {
     check_cell(cell, {thread, address, shared, write, atomic, place});
     const bool in_bounds = (cell.flags & kAllocated) != 0 && (cell.flags & kInFlight) == 0;
     if (!write || !in_bounds) return;
@@ -194,8 +207,7 @@ void access(Thread* thread, const void* p, size_t bytes, bool write, bool atomic
 
 // By compiled code: every load and store of a kernel.
 void access_at(Thread* thread, const void* p, size_t bytes, bool write, bool atomic, uint32_t place) {
-  if (running == nullptr || find(p).cell == nullptr) return;
-  check_range(thread, p, bytes, write, atomic, place);
+  if (running == nullptr || !check_range(thread, p, bytes, write, atomic, place)) return;
   if (running->shuffled && running->random.below(1u << 20) < options().preempt * (1u << 20)) yield();
 }
 

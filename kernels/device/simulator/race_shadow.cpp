@@ -111,15 +111,8 @@ const bool registered = [] {
   return true;
 }();
 
-std::vector<Cell>& shared_cells() {
-  static std::vector<Cell> cells(kSharedBytes + 1);
-  return cells;
-}
-
-std::vector<Site>& sites() {
-  static std::vector<Site> instance;
-  return instance;
-}
+std::vector<Cell> shared_cells(kSharedBytes + 1);
+std::vector<Site> sites;
 
 // "vector.h:46 (rms_norm.cu:31)": the innermost line, and the kernel file's if that is another.
 std::string run_addr2line(uint32_t address) {
@@ -143,20 +136,21 @@ std::string run_addr2line(uint32_t address) {
 std::set<std::string> reported;
 std::vector<std::string> reports;
 uint64_t num_events = 0;
+size_t shared_used = 0;  // cells of shared memory beyond are zero; to touch what is not allocated makes a report
 
 }  // namespace
 
 uint32_t place_of(Site site) {
-  for (size_t i = 0; i < sites().size(); ++i) {
-    if (same_place(sites()[i], site)) return 0x80000000u | static_cast<uint32_t>(i);
+  for (size_t i = 0; i < sites.size(); ++i) {
+    if (same_place(sites[i], site)) return 0x80000000u | static_cast<uint32_t>(i);
   }
-  sites().push_back(site);
-  return 0x80000000u | static_cast<uint32_t>(sites().size() - 1);
+  sites.push_back(site);
+  return 0x80000000u | static_cast<uint32_t>(sites.size() - 1);
 }
 
 std::string text_of_place(uint32_t at) {
   if (at == 0) return "?";
-  if ((at & 0x80000000u) != 0) return place(sites()[at & 0x7fffffffu]);
+  if ((at & 0x80000000u) != 0) return place(sites[at & 0x7fffffffu]);
   const bool relocated = reinterpret_cast<uintptr_t>(&__executable_start) > 0x10000000u;
   return run_addr2line(relocated ? at - 1
                                  : at - 1 + static_cast<uint32_t>(reinterpret_cast<uintptr_t>(&__executable_start)));
@@ -166,7 +160,7 @@ Where find(const void* p) {
   const Block* block = block_of_race();
   const auto* address = static_cast<const unsigned char*>(p);
   if (block != nullptr && address >= block->shared && address < block->shared + kSharedBytes) {
-    return {&shared_cells()[static_cast<size_t>(address - block->shared)], true};
+    return {&shared_cells[static_cast<size_t>(address - block->shared)], true};
   }
   return heap().holds(p) ? Where{heap().cell_of(p), false} : Where{};
 }
@@ -181,13 +175,16 @@ std::string text_of_address(const void* p) {
 }
 
 void reset_shared(uint32_t bytes) {
-  std::vector<Cell>& cells = shared_cells();
-  std::memset(cells.data(), 0, cells.size() * sizeof(Cell));
-  for (uint32_t i = 0; i < bytes; ++i) cells[i].flags = kAllocated;
+  std::memset(shared_cells.data(), 0, shared_used * sizeof(Cell));
+  for (uint32_t i = 0; i < bytes; ++i) shared_cells[i].flags = kAllocated;
+  shared_used = bytes;
 }
+
+uint64_t num_reports() { return num_events; }
 
 void add_report(const Report& r) {
   ++num_events;
+  shared_used = kSharedBytes + 1;
   const std::string key = fmt::format("{} {} {}", r.kind, r.place, r.other_place);
   if (!reported.insert(key).second || reports.size() >= kMaxReports) return;
   const Block& block = *r.thread->block;

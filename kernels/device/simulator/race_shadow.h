@@ -44,6 +44,7 @@ struct Report {
   uint32_t other_block = 0;  // its number in the grid
 };
 void add_report(const Report& report);
+uint64_t num_reports();  // since the launch began
 
 Block* block_of_race();  // the block that runs; null outside kernels
 

@@ -112,8 +112,10 @@ int32_t enqueue(void*, const lightmoe_gemm_problem* p, void*, uint64_t, void* st
 }  // namespace
 
 extern "C" const lightmoe_gemm_plugin* lightmoe_gemm_plugin_entry(uint32_t host_abi_major, uint32_t) {
+  // clang-format off
   static const lightmoe_gemm_plugin plugin = {
       LIGHTMOE_GEMM_MAGIC, LIGHTMOE_GEMM_ABI_MAJOR, LIGHTMOE_GEMM_ABI_MINOR, sizeof(lightmoe_gemm_plugin),
       "naive", "1.0", "as lightmoe", create, destroy, score, workspace, enqueue, last_error};
+  // clang-format on
   return host_abi_major == LIGHTMOE_GEMM_ABI_MAJOR ? &plugin : nullptr;
 }
