@@ -259,17 +259,18 @@ void check_sequences(const Op& op, const char* name) {
   }
 }
 
-}  // namespace
-
-namespace {
 bool& takes_wgmma() {
   static bool on = [] {
-    const char* name = std::getenv("LIGHTMOE_ATTENTION");
-    return name == nullptr || std::string_view(name) != "mma";
+    const char* set = std::getenv("LIGHTMOE_ATTENTION");
+    const std::string_view name = set != nullptr ? set : "auto";
+    check(name == "auto" || name == "mma", ErrorKind::kUsage, "LIGHTMOE_ATTENTION={}: expected auto or mma", name);
+    return name == "auto";
   }();
   return on;
 }
+
 }  // namespace
+
 bool attention_takes_wgmma() { return takes_wgmma(); }
 void set_attention_takes_wgmma(bool on) { takes_wgmma() = on; }
 

@@ -16,7 +16,7 @@
 //   cores (mma.sync), where probabilities and score gradients are rounded to bf16 before they multiply; all else multiplies in f32.
 //   On compute capability 9.0 the passes of training (lse kept, and backward) run on wgmma where every query head has its own key head: the
 //   same, but the sums of a row run otherwise than in decode, so that there the promise above is of training's calls among themselves.
-//   LIGHTMOE_ATTENTION=mma, or set_attention_takes_wgmma(false), keeps mma.sync.
+//   LIGHTMOE_ATTENTION=mma (default: auto), or set_attention_takes_wgmma(false), keeps mma.sync.
 //   The promise above is kept by construction (blocks of 64 keys in parts of 256, each part with its own maximum, parts merged in order
 //   by one block or, in decode, by a second kernel; every multiply-add is a fused one): tested on the simulator, not yet on a GPU.
 //   Scratch: decode at most 256 MiB of parts; backward one f32 for each query and head. Backward recomputes the scores twice (14 instead
