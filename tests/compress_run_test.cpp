@@ -217,6 +217,23 @@ TEST(Run, SharesWhatDependsOnNeitherSeedNorTask) {
   EXPECT_EQ(report.missing, 0);
 }
 
+// Which method plays which part, and what the slots of each become, whether or not there are results.
+TEST(Run, AReportKnowsTheMethodsByWhatTheyAre) {
+  const TempDir where;
+  std::string text = recipe_text(where / "out");
+  const std::string few = "\"original\", \"lora\", \"lightmoe\"";
+  text.replace(text.find(few), few.size(), "\"aimer\", " + few + ", \"conmoe\", \"molae\", \"mone\"");
+  const Report report = make_report(recipe_of(where, text), {});
+  EXPECT_EQ(report.original, "original");
+  EXPECT_EQ(report.whole_with_adapters, "lora");
+  EXPECT_EQ(report.featured, "lightmoe");
+  const std::map<std::string, std::string> families = {{"aimer", "removed experts"}, {"original", kWholeModel},
+                                                       {"lora", kWholeModel},        {"lightmoe", "expert replacing"},
+                                                       {"conmoe", "shared experts"}, {"molae", "shared factors"},
+                                                       {"mone", "constants"}};
+  EXPECT_EQ(report.families, families);
+}
+
 // Two workers' shares together are all runs.
 TEST(Run, WorkersShareTheRuns) {
   const TempDir where;

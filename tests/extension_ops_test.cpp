@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "autograd/gradcheck.h"
+#include "model/slot_linear.h"
 #include "tests/support/testing.h"
 
 namespace lightmoe {
@@ -100,6 +101,28 @@ TEST(ExtensionOps, Blocks) {
   expect_gradients([&](Tape& t) { return add_tiled(t, in, tiles); }, {in, tiles});
   const ParameterPtr weights = random_parameter({2 * 5, 3}, 5);
   expect_gradients([&](Tape& t) { return block_linear(t, in, weights, 2, GemmCompute::kF32); }, {in}, {weights});
+}
+
+// Used twice in one pass: gradients add up.
+TEST(ExtensionOps, BlocksUsedTwice) {
+  const Var in = random_variable({3, 6}, 1);
+  const ParameterPtr w = random_parameter({2 * 5, 3}, 5);
+  const auto blocks = [&](Tape& t) { return block_linear(t, in, w, 2, GemmCompute::kF32); };
+  expect_gradients([&](Tape& t) { return add_in_place(t, blocks(t), blocks(t)); }, {in}, {w});
+}
+
+TEST(ExtensionOps, LinearMapsOfSlots) {
+  const Tensor slots = Tensor::from<int32_t>({1, 0, 2, 1}, {2, 2});  // 2: skipped
+  const Var x = Tape::constant(f64({1, 2, 3, 4}, {2, 2}));
+  const auto w = std::make_shared<Parameter>(), b = std::make_shared<Parameter>();
+  w->value = f64({1, 1, 1, -1}, {2, 2}), b->value = f64({10, 20}, {2}), w->trainable = b->trainable = false;
+  Tape tape(false);
+  EXPECT_TRUE(close(slot_linear(tape, x, slots, w, nullptr, 2).value, {-1, 3, 0, -1}, 1e-15));
+  EXPECT_TRUE(close(slot_linear(tape, x, slots, w, b, 2).value, {19, 13, 0, 19}, 1e-15));
+  const Var in = random_variable({2, 4}, 1);
+  const ParameterPtr weights = random_parameter({2 * 3, 4}, 2), bias = random_parameter({2 * 3}, 3);
+  const auto maps = [&](Tape& t) { return slot_linear(t, in, slots, weights, bias, 2); };
+  expect_gradients([&](Tape& t) { return add_in_place(t, maps(t), maps(t)); }, {in}, {weights, bias});
 }
 
 TEST(ExtensionOps, RowsOfATable) {
