@@ -164,6 +164,7 @@ $(BUILD)/device-tests: $(call objects,$(filter runtime/% kernels/%,$(LIBRARY_SOU
 	@$(CXX) $(LDFLAGS) $^ -lgtest $(LDLIBS) -o $@
 # The same tests with the simulator and the kernels built to check; everything else links as it is. race: the compiler's calls for the
 # thread sanitizer go to the simulator's own detector, so that library is not linked. asan: address and undefined-behaviour sanitizers.
+# The simulator itself, which every instruction goes through, is at -O3 in both.
 RACE_FLAGS := -O2 -DLIGHTMOE_RACE
 RACE_KERNEL_FLAGS := -fsanitize=thread
 ASAN_FLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer $(ASAN_WARNINGS)

@@ -2,6 +2,8 @@
 // checking build sees is asserted there; silence of correct kernels is what every other test of kernels asserts.
 #if !defined(__CUDACC__)
 
+#include <cstring>
+
 #include "kernels/device/ptx.h"
 #include "kernels/device/simulator/fiber.h"
 #include "kernels/device/vector.h"
@@ -74,6 +76,22 @@ TEST(SimFault, UninitialisedSharedMemory) {
     launch<uninitialised_kernel>(kWarp, out.data());
     EXPECT_EQ(out.values(), std::vector<int>(32, -1));  // the poison: NaN as a float
   }
+}
+
+struct Halves {
+  short v[64];
+};
+// The first half of every word is written, and the word read: the bytes of one access are not alike.
+__global__ void half_written_kernel(int* out) {
+  auto& s = shared_memory<Halves>();
+  s.v[2 * lane_id()] = 1;
+  int word;
+  std::memcpy(&word, &s.v[2 * lane_id()], sizeof word);
+  out[lane_id()] = word;
+}
+TEST(SimFault, HalfOfAWordIsUninitialised) {
+  const DeviceArray<int> out(32);
+  expect_race("uninitialised read", "half_written_kernel", [&] { launch<half_written_kernel>(kWarp, out.data()); });
 }
 
 __global__ void copy_kernel(const int* in, int* out) { out[thread_id()] = in[thread_id()]; }
